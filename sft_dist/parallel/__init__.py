@@ -1,0 +1,1 @@
+"""Parallel: what this machine is, and what `auto` means on it."""

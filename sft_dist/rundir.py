@@ -1,0 +1,259 @@
+"""The run directory: the contract between the processes of a run and every later command.
+
+    runs/NAME/
+      config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
+      status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
+      attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
+      data/ledger.json                           rows and tokens in, dropped and why
+      checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
+      eval/before.jsonl  eval/after.jsonl  scores.json
+      model/                                     final weights, tokenizer, model card, DONE
+      report.html  loss.png  logs/
+
+Whole files are published by rename, so a reader sees the old or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_dist.errors import ConfigError, SftDistError
+
+STATES = ("queued", "running", "stopped", "failed", "done")
+
+
+def utc_now() -> str:
+    """The current time as ISO 8601 in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary file in the same folder and an atomic rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; non-finite numbers become null, since JSON has none."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one line of JSON in a single write, so that a kill cannot leave two half lines behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line)
+
+
+def read_json(path: Path) -> Any:
+    """The parsed content of `path`, or None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, [] if it is missing; a torn last line (a killed writer) is left out."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return rows
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's folder, by name of its parts. Creating the object touches nothing."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def env(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "data" / "ledger.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of status.json, {} before the first write."""
+        return read_json(self.status) or {}
+
+    def write_status(self, **fields: Any) -> None:
+        """Merge `fields` into status.json and stamp the time."""
+        if fields.get("state", "running") not in STATES:
+            raise ValueError(f"state {fields['state']!r} is not one of {', '.join(STATES)}")
+        write_json(self.status, {**self.read_status(), **fields, "updated": utc_now()})
+
+
+def runs_root(configured: str | None = None) -> Path:
+    """The folder that holds runs: `run.dir`, else $SFT_DIST_RUNS, else ./runs."""
+    return Path(configured or os.environ.get("SFT_DIST_RUNS") or "runs").expanduser()
+
+
+def create_run(root: Path, name: str, *, overwrite: bool = False) -> RunDir:
+    """Make `root/name` and return it; a folder that already holds a run is refused, or replaced if `overwrite`."""
+    check_run_name(name)
+    run = RunDir(root / name)
+    if run.path.exists() and any(run.path.iterdir()):
+        if not overwrite:
+            state = run.read_status().get("state", "unknown")
+            raise ConfigError(
+                f"the run directory {run.path} already exists (state: {state}) and is never overwritten by accident",
+                problems=[
+                    f"go on with it       sft-dist resume {run.path}",
+                    "keep both           add run.name=ANOTHER_NAME",
+                    "replace it          add --overwrite (the old run is deleted)",
+                ],
+            )
+        _delete_run(run)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def find_run(name_or_path: str) -> RunDir:
+    """The run with this name under the runs root, or at this path.
+
+    Raises SftDistError (exit 2) that lists the runs there are if neither exists.
+    """
+    for candidate in (Path(name_or_path).expanduser(), runs_root() / name_or_path):
+        if RunDir(candidate).config.is_file():
+            return RunDir(candidate)
+    root = runs_root()
+    known = sorted(p.parent.name for p in root.glob("*/config.yaml")) if root.is_dir() else []
+    listed = f"runs in {root}: {', '.join(known[:12])}" if known else f"there are no runs in {root}"
+    raise ConfigError(f"no run named {name_or_path!r}, and no run directory at that path", hint=listed)
+
+
+def check_run_name(name: str) -> None:
+    """Raise ConfigError unless `name` is one plain folder name that every shell and filesystem takes."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
+        raise ConfigError(
+            f"run.name {name!r} cannot be a folder name",
+            hint="use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 120 characters",
+        )
+
+
+@contextlib.contextmanager
+def publish_dir(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it becomes `target` by one rename when the block ends without error.
+
+    If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as name:
+        staged = Path(name) / "staged"
+        staged.mkdir()
+        yield staged
+        try:
+            staged.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+def _delete_run(run: RunDir) -> None:
+    import shutil
+
+    if not run.config.is_file():
+        raise SftDistError(
+            f"{run.path} holds files but no config.yaml, so it is not a run of sft-dist; it was left as it is",
+            hint="choose another run.name, or move that folder away",
+        )
+    shutil.rmtree(run.path)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
