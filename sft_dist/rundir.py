@@ -1,92 +1,29 @@
 """The run directory: the contract between the processes of a run and every later command.
 
-    runs/NAME/
-      config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
-      status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
-      attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
-      data/ledger.json                           rows and tokens in, dropped and why
-      checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
-      eval/before.jsonl  eval/after.jsonl  scores.json
-      model/                                     final weights, tokenizer, model card, DONE
-      report.html  loss.png  logs/
-
-Whole files are published by rename, so a reader sees the old or the new one, never half of one.
+runs/NAME/
+  config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
+  status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
+  attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
+  data/ledger.json                           rows and tokens in, dropped and why
+  checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
+  eval/before.jsonl  eval/after.jsonl  scores.json
+  model/                                     final weights, tokenizer, model card, DONE
+  report.html  loss.png  logs/
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.files import read_json, utc_now, write_json
 
 STATES = ("queued", "running", "stopped", "failed", "done")
-
-
-def utc_now() -> str:
-    """The current time as ISO 8601 in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` by way of a temporary file in the same folder and an atomic rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; non-finite numbers become null, since JSON has none."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one line of JSON in a single write, so that a kill cannot leave two half lines behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(line)
-
-
-def read_json(path: Path) -> Any:
-    """The parsed content of `path`, or None if there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file, [] if it is missing; a torn last line (a killed writer) is left out."""
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return rows
 
 
 @dataclass(frozen=True)
@@ -214,46 +151,10 @@ def check_run_name(name: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def publish_dir(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; it becomes `target` by one rename when the block ends without error.
-
-    If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as name:
-        staged = Path(name) / "staged"
-        staged.mkdir()
-        yield staged
-        try:
-            staged.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-
-
 def _delete_run(run: RunDir) -> None:
-    import shutil
-
     if not run.config.is_file():
         raise SftDistError(
             f"{run.path} holds files but no config.yaml, so it is not a run of sft-dist; it was left as it is",
             hint="choose another run.name, or move that folder away",
         )
     shutil.rmtree(run.path)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

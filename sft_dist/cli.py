@@ -1,0 +1,295 @@
+"""The command line: one short function a command. stdout is the result, stderr is logs and progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sft_dist.errors import ConfigError, SftDistError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sft_dist.config.loader import LoadedConfig
+
+app = typer.Typer(
+    help="One supervised fine-tuning run, from a laptop's CPU to a SLURM job, from the same YAML.",
+    epilog="Example: sft-dist train demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Make, look at and prepare training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config fields, values as YAML.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks for every error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the versions and exit.")] = False,
+) -> None:
+    """One supervised fine-tuning run, from a laptop's CPU to a SLURM job, from the same YAML."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    context.obj = {"debug": debug}
+    if debug:
+        os.environ["SFT_DIST_DEBUG"] = "1"
+    if version:
+        from sft_dist.train.environment import versions
+
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes."""
+    from sft_dist.config.loader import list_recipes
+
+    for name, line in list_recipes().items():
+        print(f"{name:14} {line}")
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="The recipe to start from.")] = "demo",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; NAME.yaml if not given.")
+    ] = None,
+) -> None:
+    """Write a recipe as a YAML file of your own. Example: sft-dist init demo -o my.yaml"""
+    from sft_dist.config.loader import read_recipe
+    from sft_dist.files import write_text
+
+    path = output or Path(f"{recipe}.yaml")
+    text = read_recipe(recipe)
+    if path.exists():
+        raise ConfigError(f"{path} exists already and is not overwritten", hint="name another file with -o")
+    write_text(path, text)
+    print(path)
+
+
+@app.command()
+def config(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show for each field its value, origin and meaning.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the resolved config and what `auto` means here. Example: sft-dist config demo --explain"""
+    from sft_dist.config.explain import explain as explained
+    from sft_dist.config.loader import write_config
+    from sft_dist.parallel.machine import this_machine
+    from sft_dist.parallel.resolve import resolve
+
+    loaded = _load(config, overrides)
+    if as_json:
+        print(loaded.config.model_dump_json(indent=2))
+    elif explain:
+        for path, value, origin, doc in explained(loaded):
+            print(f"{path} = {value}   [{origin}]\n    {doc}")
+    else:
+        print(write_config(loaded.config), end="")
+    if not as_json:
+        for line in resolve(loaded.config, this_machine()).decisions:
+            print(f"# here: {line}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors. Example: sft-dist schema > sft-dist.schema.json"""
+    from sft_dist.config.explain import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing run of this name first.")] = False,
+) -> None:
+    """Run here: ask before, train, ask after, report. Example: sft-dist train demo train.learning_rate=1e-5"""
+    from sft_dist.stages import new_run, run_here
+
+    run = new_run(_load(config, overrides), overwrite=overwrite)
+    logging.getLogger(__name__).info("run %s in %s", run.name, run.path)
+    run_here(run)
+    _show_result(str(run.path))
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Go on with a stopped or failed run, from its newest complete checkpoint. Example: sft-dist resume demo"""
+    from sft_dist.rundir import find_run
+    from sft_dist.stages import run_here
+
+    found = find_run(run)
+    if found.read_status().get("state") == "done":
+        raise ConfigError(f"run {found.name} is done", hint=f"see it with: sft-dist report {run}")
+    run_here(found)
+    _show_result(str(found.path))
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    before: Annotated[bool, typer.Option("--before", help="Score the base model instead of the tuned one.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask and score a run's model again. Example: sft-dist evaluate demo"""
+    from sft_dist.config.loader import load_run_config
+    from sft_dist.evaluate.compare import wants_evaluation
+    from sft_dist.rundir import find_run
+    from sft_dist.stages import evaluate_here, report_here
+    from sft_dist.train.worker import resolve_here
+
+    found = find_run(run)
+    settings = load_run_config(found.config)
+    if not wants_evaluation(settings):
+        raise ConfigError(f"run {found.name} has neither evaluate.questions nor evaluate.data, so nothing to ask")
+    evaluate_here(settings, found, resolve_here(settings, found), "before" if before else "after")
+    report_here(found)
+    _show_result(str(found.path), as_json=as_json)
+
+
+@app.command()
+def chat(run: RunArgument) -> None:
+    """Talk to a run's model. Example: sft-dist chat demo"""
+    from sft_dist.config.loader import load_run_config
+    from sft_dist.rundir import find_run
+
+    found = find_run(run)
+    settings = load_run_config(found.config)
+    from transformers import TextStreamer
+
+    from sft_dist.evaluate.chat import HELP
+    from sft_dist.evaluate.chat import chat as talk
+    from sft_dist.evaluate.compare import load_for
+    from sft_dist.train.worker import resolve_here
+
+    loaded = load_for(settings, found, resolve_here(settings, found), "after")
+    print(HELP, file=sys.stderr)
+    prompt = "> " if sys.stdin.isatty() else ""
+    talk(
+        settings,
+        loaded,
+        lambda: input(prompt),
+        TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html and loss.png of a run and print the path. Example: sft-dist report demo"""
+    from sft_dist.rundir import find_run
+    from sft_dist.stages import report_here
+
+    found = find_run(run)
+    report_here(found)
+    print(found.report)
+
+
+@data_app.command("make")
+def data_make(
+    task: Annotated[str, typer.Argument(help="tickets or mix.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other rows.")] = 1,
+) -> None:
+    """Write rows of a synthetic task. Example: sft-dist data make tickets -o tickets.jsonl --rows 500"""
+    from sft_dist.data.sources import write_task
+
+    print(write_task(task, rows, seed, output))
+
+
+@data_app.command("preview")
+def data_preview(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows in the table.")] = 3,
+    row: Annotated[int, typer.Option(min=1, help="The row whose tokens are shown.")] = 1,
+) -> None:
+    """Show rows, and the tokens of one, coloured by whether they are trained. Example: sft-dist data preview demo"""
+    from sft_dist.stages import preview_here
+
+    for renderable in preview_here(_load(config, overrides).config, rows, row):
+        _console().print(renderable)
+
+
+@data_app.command("prepare")
+def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
+    from sft_dist.stages import prepare_here
+
+    print(json.dumps(prepare_here(_load(config, overrides).config), indent=2))
+
+
+def main() -> None:
+    """The console script: turns exceptions into one clear screen and an exit status."""
+    import click
+
+    debug = "--debug" in sys.argv
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        status = 130
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except SftDistError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}\n")
+        status = error.exit_code
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status or 0)
+
+
+def _load(config: str, overrides: list[str] | None) -> LoadedConfig:
+    from sft_dist.config.loader import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _show_result(path: str, *, as_json: bool = False) -> None:
+    """Scores and samples of a run, and where to look further."""
+    from sft_dist.files import read_json, read_jsonl
+    from sft_dist.report.tables import answers_table, scores_table
+    from sft_dist.rundir import RunDir
+
+    run = RunDir(Path(path))
+    scores: dict[str, Any] | None = read_json(run.scores)
+    if as_json:
+        print(json.dumps(scores or {}, indent=2))
+        return
+    console = _console()
+    before, after = (read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after"))
+    if before or after:
+        console.print(answers_table(before, after))
+    if scores:
+        console.print(scores_table(scores))
+    if run.report.is_file():
+        print(run.report)

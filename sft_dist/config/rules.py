@@ -1,0 +1,148 @@
+"""What must hold between the fields of a config."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_dist.config.schema import Config, GenerationConfig
+from sft_dist.config.sft_fields import known_sft_fields, refused_extra
+from sft_dist.config.spelling import suggest
+from sft_dist.errors import ConfigError
+from sft_dist.rundir import check_run_name
+
+EMBEDDED_MODELS = ("embedded:smollm2-135m", "embedded:tiny")
+CHAT_TEMPLATES = ("auto", "chatml", "plain")
+# All plans of this version run one process.
+WORLD_SIZE = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the field's dotted path, what is wrong, and the other fields that the judgement rests on."""
+
+    path: str
+    text: str
+    rests_on: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        return f"{self.path}   {self.text}"
+
+
+def check_rules(config: Config) -> list[str]:
+    """A line for each contradiction between fields of `config`; [] if it holds together."""
+    return [problem.line for problem in rule_problems(config)]
+
+
+def rule_problems(config: Config) -> list[Problem]:
+    """Like `check_rules`, as Problems."""
+    checks = (_names, _batch_sizes, _strategies, _shares, _generation, _labels, _extra)
+    return [problem for check in checks for problem in check(config)]
+
+
+def shown(value: Any) -> str:
+    """`value` as an error message shows it: text in quotes, the rest as YAML would have it, cut after 60 characters."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def did_you_mean(word: str, known: Any, cutoff: float = 0.6) -> str:
+    """'; did you mean X?' for the nearest of `known`, '' if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    if config.run.name is not None:
+        try:
+            check_run_name(config.run.name)
+        except ConfigError as error:
+            yield Problem("run.name", f"{shown(config.run.name)} cannot be a folder name; {error.hint}")
+    name, template = config.model.name, config.model.chat_template
+    if name.startswith("embedded:") and name not in EMBEDDED_MODELS:
+        yield Problem("model.name", f"{shown(name)} is not one of {', '.join(EMBEDDED_MODELS)}")
+    if template.endswith(".jinja"):
+        if not Path(template).expanduser().is_file():
+            yield Problem("model.chat_template", f"there is no file {shown(template)}")
+    elif template not in CHAT_TEMPLATES:
+        known = ", ".join(CHAT_TEMPLATES)
+        guess = did_you_mean(template, CHAT_TEMPLATES)
+        yield Problem(
+            "model.chat_template", f"{shown(template)} is not one of {known}, nor the path of a .jinja file{guess}"
+        )
+
+
+def _batch_sizes(config: Config) -> Iterator[Problem]:
+    total, micro = config.train.global_batch_size, config.train.per_device_train_batch_size
+    if micro == "auto" or total % (micro * WORLD_SIZE) == 0:
+        return
+    step = micro * WORLD_SIZE
+    totals = " or ".join(str(size) for size in (total // step * step, (total // step + 1) * step) if size)
+    micros = [size for size in range(1, total + 1) if total % (size * WORLD_SIZE) == 0]
+    nearest = sorted(sorted(micros, key=lambda size: abs(size - micro))[:4])
+    yield Problem(
+        "train.global_batch_size",
+        f"{total} is not divisible by per_device_train_batch_size {micro} x {WORLD_SIZE} device = {step}; "
+        f"use {totals}, or per_device_train_batch_size {', '.join(map(str, nearest))} or auto",
+        ("train.per_device_train_batch_size",),
+    )
+
+
+def _strategies(config: Config) -> Iterator[Problem]:
+    train, save = config.train, config.checkpoint
+    for section, kind, strategy, steps in (
+        ("train", "eval", train.eval_strategy, train.eval_steps),
+        ("checkpoint", "save", save.save_strategy, save.save_steps),
+    ):
+        field = f"{section}.{kind}_steps"
+        rests_on = (f"{section}.{kind}_strategy",)
+        if strategy == "steps" and steps is None:
+            yield Problem(field, f"is not set, and {kind}_strategy is 'steps'; set it to a number of steps", rests_on)
+        elif strategy != "steps" and steps is not None:
+            problem = f"{steps} would be ignored, since {kind}_strategy is '{strategy}'; set {kind}_strategy=steps"
+            yield Problem(field, problem, rests_on)
+    if train.eval_strategy != "no" and config.data.eval is None and config.data.eval_size == 0:
+        problem = f"'{train.eval_strategy}' needs rows to evaluate on; set data.eval, or data.eval_size above 0"
+        yield Problem("train.eval_strategy", problem, ("data.eval", "data.eval_size"))
+    if config.data.eval is not None and config.data.eval_size > 0:
+        problem = f"{config.data.eval_size:g} would be ignored, since data.eval is set; set only one of them"
+        yield Problem("data.eval_size", problem, ("data.eval",))
+
+
+def _shares(config: Config) -> Iterator[Problem]:
+    for path, value in (("data.eval_size", config.data.eval_size), ("train.warmup_steps", config.train.warmup_steps)):
+        if value > 1 and not value.is_integer():
+            yield Problem(path, f"{value:g} is neither a share (below 1) nor a whole number")
+
+
+def _generation(config: Config) -> Iterator[Problem]:
+    generation, default = config.evaluate.generation, GenerationConfig()
+    if generation.do_sample:
+        return
+    for name in ("temperature", "top_p", "top_k"):
+        value = getattr(generation, name)
+        if value != getattr(default, name):
+            problem = f"{value:g} would be ignored, since do_sample is false; set do_sample: true, or take it out"
+            yield Problem(f"evaluate.generation.{name}", problem, ("evaluate.generation.do_sample",))
+
+
+def _labels(config: Config) -> Iterator[Problem]:
+    labels = config.evaluate.labels
+    if any(not label.strip() for label in labels):
+        yield Problem("evaluate.labels", "holds an empty label")
+    for label in sorted({label for label in labels if label.strip() and labels.count(label) > 1}):
+        yield Problem("evaluate.labels", f"{shown(label)} is listed {labels.count(label)} times")
+
+
+def _extra(config: Config) -> Iterator[Problem]:
+    for name in config.train.extra:
+        refusal = refused_extra(name)
+        if refusal is None and name not in known_sft_fields():
+            refusal = f"is not a field of TRL's SFTConfig; {suggest(('train', 'extra', name))[0]}".rstrip("; ")
+        if refusal is not None:
+            yield Problem(f"train.extra.{name}", refusal)

@@ -1,0 +1,154 @@
+"""Rows -> a tokenised dataset on disk, made once and mapped read-only by every process that trains.
+
+The folder's name is a hash of all that went into it: rows, tokenizer, template, settings. It is published by one
+rename, so it is either whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_dist import __version__
+from sft_dist.config.schema import Config
+from sft_dist.data.formats import Example
+from sft_dist.data.sources import load_examples
+from sft_dist.data.template import ChatTemplate
+from sft_dist.data.tokenize import tokenize
+from sft_dist.errors import DataError
+from sft_dist.files import publish_dir, read_json, write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised rows (`input_ids`, `labels`: lists of ids) and what was counted on the way."""
+
+    train: Dataset
+    eval: Dataset | None
+    ledger: dict[str, Any]
+
+
+def load_splits(config: Config) -> tuple[list[Example], list[Example], dict[str, list[str]]]:
+    """Training and evaluation examples, and the dropped rows' messages by split. Raises DataError."""
+    data = config.data
+    train, dropped = load_examples(data.train, system=data.system, on_bad_row=data.on_bad_row)
+    if data.eval is not None:
+        held_out, dropped_eval = load_examples(data.eval, system=data.system, on_bad_row=data.on_bad_row)
+        return train, held_out, {"train": dropped, "eval": dropped_eval}
+    if not data.eval_size:
+        return train, [], {"train": dropped}
+    count = round(data.eval_size * len(train)) if data.eval_size < 1 else int(data.eval_size)
+    if not 0 < count < len(train):
+        raise DataError(
+            f"data.eval_size {data.eval_size:g} would hold out {count} of {len(train)} rows",
+            hint="hold out at least one row and leave at least one for training",
+        )
+    chosen = set(random.Random(config.run.seed).sample(range(len(train)), count))
+    return (
+        [row for index, row in enumerate(train) if index not in chosen],
+        [train[index] for index in sorted(chosen)],
+        {"train": dropped, "eval": []},
+    )
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, cache: Path) -> Prepared:
+    """Tokenise the config's rows below `cache`, or map what is there from an earlier time."""
+    from datasets import load_from_disk
+
+    train, held_out, dropped = load_splits(config)
+    splits = {"train": train, **({"eval": held_out} if held_out else {})}
+    target = cache / "data" / _key(config, tokenizer, template, splits)
+    if not target.is_dir():
+        with publish_dir(target) as staged:
+            ledger = {}
+            for name, examples in splits.items():
+                dataset, ledger[name] = _tokenize_split(config, tokenizer, template, examples, dropped[name])
+                dataset.save_to_disk(str(staged / name))
+            write_json(staged / "ledger.json", ledger)
+    return Prepared(
+        train=load_from_disk(str(target / "train")),
+        eval=load_from_disk(str(target / "eval")) if held_out else None,
+        ledger={"key": target.name, "template": template.origin, **read_json(target / "ledger.json")},
+    )
+
+
+def _tokenize_split(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    examples: Sequence[Example],
+    dropped: Sequence[str],
+) -> tuple[Dataset, dict[str, Any]]:
+    from datasets import Dataset, Features, List, Value, disable_progress_bars
+
+    data = config.data
+    disable_progress_bars()
+    counts = {
+        "rows_in": len(examples) + len(dropped),
+        "rows": 0,
+        "dropped_bad_rows": len(dropped),
+        "dropped_answer_empty": 0,
+        "dropped_answer_cut_off": 0,
+        "truncated_rows": 0,
+        "truncated_tokens": 0,
+        "tokens": 0,
+        "trained_tokens": 0,
+    }
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        tokenized = tokenize(
+            examples, tokenizer, template, max_length=data.max_length, assistant_only_loss=data.assistant_only_loss
+        )
+        for example, row in zip(examples, tokenized, strict=True):
+            if row.answer == 0 and data.on_bad_row == "error":
+                raise DataError(
+                    f"{example.where}: the answer tokenises to nothing, so there is nothing to train on",
+                    hint="give the row an answer, or set data.on_bad_row=drop to leave such rows out",
+                )
+            counts["truncated_rows"] += row.cut > 0
+            counts["truncated_tokens"] += row.cut
+            if row.answer == 0 or row.trained == 0:
+                counts["dropped_answer_empty" if row.answer == 0 else "dropped_answer_cut_off"] += 1
+                continue
+            counts["rows"] += 1
+            counts["tokens"] += len(row.input_ids)
+            counts["trained_tokens"] += row.trained
+            yield {"input_ids": row.input_ids, "labels": row.labels}
+
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    dataset = Dataset.from_list(list(rows()), features=features)
+    if not counts["rows"]:
+        raise DataError(
+            f"none of the {len(examples)} rows has an answer within data.max_length {data.max_length} tokens",
+            hint="raise data.max_length; `sft-dist data preview` shows how long the rows are",
+        )
+    return dataset, counts
+
+
+def _key(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    splits: dict[str, list[Example]],
+) -> str:
+    digest = hashlib.sha256()
+    backend = tokenizer.backend_tokenizer.to_str()
+    settings = [__version__, config.data.max_length, config.data.assistant_only_loss, tokenizer.special_tokens_map]
+    for part in (json.dumps(settings, default=str), backend, template.training_text):
+        digest.update(hashlib.sha256(part.encode()).digest())
+    for name, examples in splits.items():
+        digest.update(name.encode())
+        for example in examples:
+            content = asdict(example)
+            content.pop("where")
+            digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:20]

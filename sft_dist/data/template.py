@@ -1,0 +1,165 @@
+"""The chat template of a run: which one, and where in a rendered conversation the assistant speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[dict[str, Any]]
+Span = tuple[int, int]
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_PROBE = (
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template for asking, the same or an equivalent one for training, and what they need of the tokenizer."""
+
+    origin: str
+    """Where it comes from, in words."""
+    text: str
+    """For inference; saved with the model."""
+    training_text: str
+    """For training rows; the same, or TRL's variant of it with generation markers."""
+    has_markers: bool
+    """Whether `training_text` marks the assistant's words; otherwise they are found from rendered prefixes."""
+    new_tokens: tuple[str, ...] = ()
+    """Special tokens that the template needs and the vocabulary lacks."""
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, spec: str) -> ChatTemplate:
+    """The template that `model.chat_template` names for this tokenizer.
+
+    `auto`: the tokenizer's own, through TRL's training variant where TRL knows the family; ChatML if there is none.
+    Raises ConfigError if a template file cannot be read.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    own: Any = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if spec in ("chatml", "plain") or (spec == "auto" and not own):
+        name = "chatml" if spec == "auto" else spec
+        text = resources.files("sft_dist").joinpath(f"resources/chat_templates/{name}.jinja").read_text("utf-8")
+        origin = f"{name} template" + (", since the tokenizer has none" if spec == "auto" else "")
+        known = tokenizer.get_vocab()
+        new = tuple(token for token in CHATML_TOKENS if name == "chatml" and token not in known)
+        return ChatTemplate(origin, text, text, True, new)
+    if spec != "auto":
+        try:
+            text = Path(spec).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"model.chat_template {spec!r} cannot be read: {error}") from None
+        return ChatTemplate(f"template file {spec}", text, text, has_generation_markers(text))
+    if has_generation_markers(own):
+        return ChatTemplate("the tokenizer's own template", own, own, True)
+    try:
+        training = get_training_chat_template(tokenizer) or own
+    except ValueError:  # a family that TRL does not know
+        return ChatTemplate("the tokenizer's own template, masks from rendered prefixes", own, own, False)
+    return ChatTemplate("the tokenizer's own template, TRL's training variant of it", own, training, True)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, **options: Any) -> str:
+    """The conversation as text; `options` such as add_generation_prompt and enable_thinking go to the template.
+
+    Raises ConfigError with the template's own complaint if it refuses the conversation.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ConfigError(
+            f"the chat template refuses a conversation with the roles {roles}: {error}",
+            hint="change the rows, or set model.chat_template (chatml takes any roles)",
+        ) from None
+    return str(text)
+
+
+def render_trained(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, first_trained: int = 0
+) -> tuple[str, list[Span]]:
+    """The conversation as text, and the character spans of what the assistant says from `first_trained` on.
+
+    A span holds the words and the end-of-turn token. Raises ConfigError if the template does not allow to tell.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if template.has_markers:
+        text, spans = _marked_spans(tokenizer, template.training_text, messages)
+        if len(spans) != len(turns):
+            raise ConfigError(
+                f"the chat template marks {len(spans)} generation(s) in a conversation with {len(turns)} assistant "
+                "messages",
+                hint="put {% generation %} ... {% endgeneration %} around each assistant message, end-of-turn included",
+            )
+    else:
+        text, spans = _prefix_spans(tokenizer, template.training_text, messages, turns)
+    return text, [span for turn, span in zip(turns, spans, strict=True) if turn >= first_trained]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
+    """The token that ends each turn of the assistant, as text.
+
+    Raises ConfigError if the trained part of a turn does not end with a token of its own: a model trained on that
+    would never stop.
+    """
+    text, spans = render_trained(tokenizer, template, _PROBE)
+    special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+    endings = [text[start:end].rstrip() for start, end in spans]
+    for token in sorted(special, key=len, reverse=True):
+        if token and all(ending.endswith(token) for ending in endings):
+            return str(token)
+    raise ConfigError(
+        f"{template.origin} trains a turn that ends in {endings[0][-30:]!r}, which is no end-of-turn token: the model "
+        "would never learn to stop",
+        hint="let the template end an assistant message with a special token inside its generation markers, or set "
+        "model.chat_template=chatml",
+    )
+
+
+def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, list[Span]]:
+    # The function behind apply_chat_template; that method itself returns the marks only as a mask over tokens, which
+    # it computes row by row.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[list(messages)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return str(texts[0]), [(start, end) for start, end in spans[0]]
+
+
+def _prefix_spans(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, turns: Sequence[int]
+) -> tuple[str, list[Span]]:
+    """Where each assistant turn stands, from what the template renders before it and up to its end."""
+    text = render(tokenizer, template, messages)
+    spans = []
+    for turn in turns:
+        before = render(tokenizer, template, messages[:turn], add_generation_prompt=True)
+        upto = render(tokenizer, template, messages[: turn + 1])
+        if not upto.startswith(before) or not text.startswith(upto.rstrip()):
+            raise ConfigError(
+                "the tokenizer's chat template renders earlier turns differently once later ones follow, so the "
+                "assistant's words cannot be told apart from the rest",
+                hint="add {% generation %} markers to a copy of the template and set model.chat_template to that file, "
+                "or set model.chat_template=chatml",
+            )
+        spans.append((len(before), len(upto.rstrip())))
+    return text, spans

@@ -1,0 +1,145 @@
+"""Ask a model the run's questions and score it on the held-out rows; before and after training alike."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from sft_dist.config.schema import Config
+from sft_dist.data.formats import Example, expected_answer, prompt_messages
+from sft_dist.data.sources import load_examples
+from sft_dist.errors import CheckpointError, DataError
+from sft_dist.files import read_json, read_jsonl, write_json, write_jsonl
+from sft_dist.rundir import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sft_dist.parallel.resolve import Resolved
+
+log = logging.getLogger(__name__)
+When = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loaded:
+    """The base model (`before`) or the run's final one (`after`), on the plan's device.
+
+    Raises CheckpointError if the run has no final model yet.
+    """
+    from sft_dist.train.model import load_model
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    spec = config.model
+    if when == "after":
+        if not (run.model / "DONE").is_file():
+            raise CheckpointError(
+                f"{run.name} has no final model (state: {run.read_status().get('state', 'unknown')})",
+                hint=f"finish the training first: sft-dist resume {run.path}",
+            )
+        # Saved with the template that it was trained with, so `auto` finds that one again.
+        spec = spec.model_copy(
+            update={"name": str(run.model), "tokenizer": None, "revision": None, "chat_template": "auto"}
+        )
+    tokens = load_tokenizer(spec)
+    attention = "sdpa" if resolved.padding_free else resolved.attn_implementation
+    model = load_model(spec, tokens, dtype=resolved.dtype, attn_implementation=attention)
+    device = "cpu" if resolved.plan == "cpu" else "cuda"
+    return Loaded(model.to(device).eval(), tokens.tokenizer)
+
+
+def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> dict[str, Any] | None:
+    """Write eval/WHEN.jsonl and the model's part of scores.json; returns that part, None if nothing is scored."""
+    started = time.monotonic()
+    rows = _ask(config, loaded)
+    held_out = _held_out(config)
+    rows += _score(config, loaded, held_out) if held_out else []
+    write_jsonl(run.eval / f"{when}.jsonl", rows)
+    log.info("%s training: %d answers in %.0f s", when, len(rows), time.monotonic() - started)
+    return update_scores(run, when, len(held_out)) if held_out else None
+
+
+def update_scores(run: RunDir, when: When, n: int) -> dict[str, Any]:
+    """Put the summary of eval/WHEN.jsonl into scores.json and return it."""
+    from sft_dist.evaluate.score import summarise
+
+    part = summarise(read_jsonl(run.eval / f"{when}.jsonl"))
+    write_json(run.scores, {**(read_json(run.scores) or {}), when: part, "n": n})
+    return part
+
+
+def wants_evaluation(config: Config) -> bool:
+    """Whether the config asks or scores anything at all."""
+    return bool(config.evaluate.questions) or config.evaluate.data is not None
+
+
+def _held_out(config: Config) -> list[Example]:
+    source = config.evaluate.data
+    if source is None:
+        return []
+    system = config.evaluate.system or config.data.system
+    return load_examples(source, system=system, on_bad_row="error")[0]
+
+
+def _ask(config: Config, loaded: Loaded) -> list[dict[str, Any]]:
+    from sft_dist.evaluate.generate import generate
+
+    evaluate = config.evaluate
+    if not evaluate.questions:
+        return []
+    system = evaluate.system or config.data.system
+    opening = [{"role": "system", "content": system}] if system else []
+    prompts = [[*opening, {"role": "user", "content": question}] for question in evaluate.questions]
+    answers = generate(loaded.model, loaded.tokenizer, prompts, evaluate.generation)
+    return [
+        {"kind": "question", "prompt": prompt, "answer": answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _score(config: Config, loaded: Loaded, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    from sft_dist.evaluate.generate import generate
+    from sft_dist.evaluate.likelihood import label_logprobs
+    from sft_dist.evaluate.score import exact_match
+
+    labels = config.evaluate.labels
+    prompts = [list(prompt_messages(row)) if row.messages else str(row.prompt) for row in examples]
+    answers = generate(loaded.model, loaded.tokenizer, prompts, config.evaluate.generation)
+    logprobs: list[dict[str, float]] = [{} for _ in examples]
+    if labels:
+        batch = config.evaluate.generation.batch_size
+        logprobs = label_logprobs(loaded.model, loaded.tokenizer, prompts, labels, batch)
+    rows = []
+    for index, (example, prompt, answer, scores) in enumerate(zip(examples, prompts, answers, logprobs, strict=True)):
+        expected = expected_answer(example).strip()
+        if labels and expected not in labels:
+            raise DataError(
+                f"{example.where}: the expected answer {expected!r} is not one of evaluate.labels {list(labels)}",
+                hint="add it to evaluate.labels, or set evaluate.labels=[] to score by exact match only",
+            )
+        best = max(scores, key=lambda label: scores[label]) if scores else None
+        rows.append(
+            {
+                "kind": "scored",
+                "index": index,
+                "category": example.fields.get(config.evaluate.category_field),
+                "prompt": prompt,
+                "expected": expected,
+                "answer": answer,
+                "exact_match": exact_match(answer, expected),
+                "predicted_label": best,
+                "label_correct": None if best is None else best == expected,
+                "label_logprobs": {label: round(value, 6) for label, value in scores.items()} or None,
+            }
+        )
+    return rows

@@ -1,0 +1,81 @@
+"""Batched generation through the chat template: only the new tokens, up to the end-of-turn token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft_dist.config.schema import GenerationConfig
+from sft_dist.data.template import render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[dict[str, Any]]
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, enable_thinking: bool | None = None
+) -> tuple[str, bool]:
+    """The prompt as the model reads it, and whether the template wrote it (and with it any BOS)."""
+    if isinstance(prompt, str):
+        return prompt, False
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    return render(tokenizer, str(tokenizer.chat_template), prompt, add_generation_prompt=True, **options), True
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, enable_thinking: bool | None = None) -> list[int]:
+    """Token ids of the prompt, with one BOS at most."""
+    text, templated = prompt_text(tokenizer, prompt, enable_thinking)
+    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: GenerationConfig
+) -> list[str]:
+    """One answer a prompt, in the order of `prompts`, without special tokens and surrounding white space.
+
+    Prompts of similar length share a batch, so that little is padded.
+    """
+    encoded = [prompt_ids(tokenizer, prompt, options.enable_thinking) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), options.batch_size):
+        batch = order[start : start + options.batch_size]
+        inputs = left_pad([encoded[index] for index in batch], int(tokenizer.pad_token_id), model.device)
+        output = model.generate(**inputs, generation_config=settings(model, tokenizer, options))
+        width = inputs["input_ids"].shape[1]
+        for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
+            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return answers
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, both [rows, longest], every row ending at the right edge."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: GenerationConfig) -> Any:
+    """transformers' GenerationConfig for `options`; any of the model's end tokens ends an answer."""
+    from transformers import GenerationConfig as Settings
+
+    sampling = (
+        {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+        if options.do_sample
+        else {}
+    )
+    return Settings(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.do_sample,
+        repetition_penalty=options.repetition_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )

@@ -1,0 +1,119 @@
+"""Files that are whole or not there: JSON, JSON Lines and folders, published by rename.
+
+A reader on another host sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def utc_now() -> str:
+    """The current time as ISO 8601 in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary file in the same folder and an atomic rename.
+
+    Half a surrogate pair, which UTF-8 cannot hold, becomes its \\udXXX escape: valid inside JSON.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` by way of a temporary file in the same folder and an atomic rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; non-finite numbers become null, since JSON has none."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write `rows` as JSON Lines, atomically."""
+    lines = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one line of JSON in a single write; a torn line that a killed writer left is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("a+b") as stream:
+        if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+            line = "\n" + line
+        stream.write(line.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """The parsed content of `path`, or None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, [] if it is missing; a line that a killed writer tore is left out."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: an answer may hold U+2028
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@contextlib.contextmanager
+def publish_dir(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it becomes `target` by one rename when the block ends without error.
+
+    If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as name:
+        staged = Path(name) / "staged"
+        staged.mkdir()
+        yield staged
+        try:
+            staged.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,56 @@
+"""The config as it stands in the run directory, with the lines marked that someone set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sft_dist.report.text import mapping
+
+# The line breaks that YAML counts; str.splitlines knows more of them and would shift the marks.
+_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+
+
+def marked_lines(text: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each line of the YAML `text` with where its value came from; "" for a default, or where that is not known."""
+    lines = _BREAK.split(text.rstrip())
+    marks = [""] * len(lines)
+    for path, start, end in _spans(text):
+        source = provenance.get(path, "default")
+        if isinstance(source, str) and source != "default":
+            marks[start:end] = [source] * len(marks[start:end])
+    return list(zip(lines, marks, strict=True))
+
+
+def config_value(text: str, section: str, field: str) -> str | None:
+    """One value of the YAML `text` as it is written there; None if it is not there or the text is no YAML."""
+    import yaml
+
+    try:
+        tree = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        return None
+    value = mapping(mapping(tree).get(section)).get(field)
+    return value if isinstance(value, str) else None
+
+
+def _spans(text: str) -> list[tuple[str, int, int]]:
+    """(dotted path, first line, line after the last) of every field of a YAML mapping, outer fields first."""
+    import yaml
+
+    def walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, int, int]]:
+        if not isinstance(node, yaml.MappingNode) or depth > 20:
+            return
+        for key, value in node.value:
+            path = f"{prefix}{key.value}"
+            # A block ends where the next token starts, anything else on its own last line.
+            block = not value.flow_style if isinstance(value, yaml.CollectionNode) else value.style in ("|", ">")
+            start, end = key.start_mark.line, value.end_mark.line + (not block)
+            yield path, start, max(end, start + 1)
+            yield from walk(value, f"{path}.", depth + 1)
+
+    try:
+        return list(walk(yaml.compose(text, Loader=yaml.SafeLoader), "", 0))
+    except (yaml.YAMLError, RecursionError):
+        return []

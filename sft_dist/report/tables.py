@@ -1,0 +1,81 @@
+"""Scores and answers for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.report.samples import Answer, Sample, pair_samples
+from sft_dist.report.scores import score_rows
+from sft_dist.report.text import NONE, clip, percent, plain, points, visible
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+MAX_ROWS = 10
+MAX_CHARACTERS = 400
+
+
+def scores_table(scores: dict[str, Any]) -> Table:
+    """scores.json as a table: all rows, then each category; before, after and the change in percentage points."""
+    from rich.table import Table
+
+    metrics, rows = score_rows(scores)
+    table = Table(title="Scores", title_justify="left")
+    table.add_column("")
+    table.add_column("n", justify="right")
+    for metric in metrics:
+        table.add_column(f"{metric}\nbefore", justify="right")
+        table.add_column("\nafter", justify="right")
+        table.add_column("\nchange", justify="right")
+    for place, row in enumerate(rows):
+        cells = [cell for was, now in row.pairs for cell in (percent(was), percent(now), points(was, now))]
+        table.add_row(_safe(row.name), plain(row.n), *cells, style="bold" if place == 0 else "", end_section=place == 0)
+    return table
+
+
+def answers_table(
+    before_rows: Iterable[dict[str, Any]], after_rows: Iterable[dict[str, Any]], *, limit: int = MAX_ROWS
+) -> Table:
+    """Answers side by side: the questions, then scored rows, those that changed first; at most `limit` of each."""
+    from rich.table import Table
+
+    questions, scored = pair_samples(before_rows, after_rows)
+    table = Table(title="Answers", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=3, overflow="fold")
+    if scored:
+        table.add_column("expected", ratio=1, overflow="fold")
+    table.add_column("before", ratio=2, overflow="fold")
+    table.add_column("after", ratio=2, overflow="fold")
+    for sample in (*questions[:limit], *scored[:limit]):
+        expected = [_safe(NONE if sample.expected is None else sample.expected)] if scored else []
+        table.add_row(_safe(_asked(sample)), *expected, _said(sample.before), _said(sample.after))
+    more = max(0, len(questions) - limit) + max(0, len(scored) - limit)
+    if more:
+        table.caption = f"{more:,} more in the run's eval folder"
+    return table
+
+
+def _asked(sample: Sample) -> str:
+    """The last turn, which is what the answer is about; the report has the whole conversation."""
+    return sample.prompt[-1][1] if sample.prompt else ""
+
+
+def _said(answer: Answer | None) -> Text:
+    if answer is None:
+        return _safe(NONE)
+    text = _safe(answer.text or "(empty)")
+    if answer.right is not None:
+        text.append("\nright" if answer.right else "\nwrong", style="green" if answer.right else "red")
+    if answer.label is not None:
+        # The label with the highest likelihood, which may differ from what was generated.
+        text.append(f"\nlabel: {visible(answer.label)}", style="dim")
+    return text
+
+
+def _safe(value: str) -> Text:
+    """Text in which neither rich's markup nor the terminal's escape codes have an effect."""
+    from rich.text import Text
+
+    return Text(visible(clip(value, MAX_CHARACTERS)))

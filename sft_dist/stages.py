@@ -1,0 +1,98 @@
+"""A run on this machine, stage by stage: ask before, train, ask after, report. A stage that is done is not done again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
+from sft_dist.config.schema import Config
+from sft_dist.errors import ConfigError
+from sft_dist.files import write_json, write_text
+from sft_dist.parallel.resolve import Resolved
+from sft_dist.rundir import RunDir, create_run, runs_root
+
+log = logging.getLogger(__name__)
+
+
+def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
+    """Create the run directory of a loaded config; an existing one is refused unless `overwrite`."""
+    run = create_run(runs_root(loaded.config.run.dir), str(loaded.config.run.name), overwrite=overwrite)
+    write_json(run.provenance, loaded.provenance)
+    write_text(run.config, write_config(loaded.config))
+    run.write_status(state="queued", step=0, attempt=0)
+    return run
+
+
+def run_here(run: RunDir) -> None:
+    """Take `run` through the stages that it has not been through yet.
+
+    Raises RunStopped when asked to stop, with what is done kept; any other failure is on record in status.json.
+    """
+    from sft_dist.train.attempt import attempt
+    from sft_dist.train.worker import resolve_here, train
+
+    config = load_run_config(run.config)
+    with attempt(run) as current:
+        resolved = resolve_here(config, run)
+        if config.evaluate.before and not (run.eval / "before.jsonl").is_file():
+            evaluate_here(config, run, resolved, "before")
+        if not (run.model / "DONE").is_file():
+            train(run, current, resolved)
+        if config.evaluate.after and not (run.eval / "after.jsonl").is_file():
+            evaluate_here(config, run, resolved, "after")
+    report_here(run)
+
+
+def evaluate_here(config: Config, run: RunDir, resolved: Resolved, when: Literal["before", "after"]) -> None:
+    """Ask and score the base model (`before`) or the tuned one (`after`), if the config asks for anything."""
+    from sft_dist.evaluate.compare import evaluate_model, load_for, wants_evaluation
+
+    if not wants_evaluation(config):
+        return
+    log.info("asking the %s model", "base" if when == "before" else "tuned")
+    evaluate_model(config, run, load_for(config, run, resolved, when), when)
+
+
+def prepare_here(config: Config) -> dict[str, Any]:
+    """Tokenise the config's rows into the cache; returns the ledger."""
+    from sft_dist.data.prepare import prepare
+    from sft_dist.train.pretrained import cache_root
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    tokens = load_tokenizer(config.model)
+    return prepare(config, tokens.tokenizer, tokens.template, cache_root()).ledger
+
+
+def preview_here(config: Config, rows: int, row: int) -> list[Any]:
+    """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`."""
+    from sft_dist.data.prepare import load_splits
+    from sft_dist.data.preview import rows_table, tokens_view
+    from sft_dist.data.tokenize import IGNORED, tokenize
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    examples = load_splits(config)[0]
+    if row > len(examples):
+        raise ConfigError(f"--row {row}, but there are {len(examples)} rows", hint=f"choose 1 to {len(examples)}")
+    tokens = load_tokenizer(config.model)
+    data = config.data
+    chosen = next(
+        tokenize(
+            examples[row - 1 : row],
+            tokens.tokenizer,
+            tokens.template,
+            max_length=data.max_length,
+            assistant_only_loss=data.assistant_only_loss,
+        )
+    )
+    pieces = [tokens.tokenizer.decode([token]) for token in chosen.input_ids]
+    return [rows_table(examples, rows), tokens_view(pieces, [label != IGNORED for label in chosen.labels])]
+
+
+def report_here(run: RunDir) -> None:
+    """Write loss.png and report.html from what the run directory holds."""
+    from sft_dist.report.page import write_report
+    from sft_dist.report.plot import plot_loss
+
+    plot_loss(run)
+    write_report(run)

@@ -1,0 +1,57 @@
+"""One attempt at a run: from start to done, stopped or failed, on record in status.json and attempts.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_dist.errors import RunStopped, SftDistError
+from sft_dist.files import append_jsonl, read_jsonl, utc_now
+from sft_dist.rundir import RunDir
+from sft_dist.train.shutdown import StopRequest
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The attempt that is under way."""
+
+    number: int
+    stop: StopRequest
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the training adds to the line in attempts.jsonl: first_step, last_step."""
+
+
+@contextlib.contextmanager
+def attempt(run: RunDir) -> Iterator[Attempt]:
+    """Enter an attempt: signals are caught, the state is `running`; when the block ends, how it ended is written.
+
+    A requested stop leaves as RunStopped, whatever stage it interrupted; other exceptions pass unchanged.
+    """
+    number = len(read_jsonl(run.attempts)) + 1
+    start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
+    run.write_status(state="running", reason=None, attempt=number)
+    state, reason = "done", None
+    with StopRequest() as stop:
+        current = Attempt(number, stop)
+        try:
+            yield current
+        except (RunStopped, KeyboardInterrupt) as error:
+            stopped = error if isinstance(error, RunStopped) else RunStopped("interrupted twice, without a save")
+            stopped.hint = stopped.hint or f"sft-dist resume {run.path}"
+            state, reason = "stopped", stopped.message
+            raise stopped from None
+        except BaseException as error:
+            state, reason = "failed", _one_line(error)
+            raise
+        finally:
+            append_jsonl(run.attempts, {**start, "end": utc_now(), **current.facts, "ended": state, "reason": reason})
+            run.write_status(state=state, reason=reason)
+
+
+def _one_line(error: BaseException) -> str:
+    text = error.message if isinstance(error, SftDistError) else f"{type(error).__name__}: {error}"
+    return (text.splitlines() or [""])[0][:300]

@@ -1,0 +1,147 @@
+"""What a training leaves behind while it goes: metrics.jsonl, status.json, complete checkpoints, trackers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft_dist.config.schema import Config
+from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl
+from sft_dist.rundir import RunDir
+from sft_dist.train.checkpoint import rotate, write_manifest
+from sft_dist.train.progress import Progress
+from sft_dist.train.shutdown import StopRequest
+
+log = logging.getLogger(__name__)
+# status.json is a file on a shared filesystem: often enough to follow a run, rarely enough not to load it.
+STATUS_EVERY_S = 5.0
+
+
+class RunRecorder(TrainerCallback):  # type: ignore[misc]
+    """Writes the run directory, shows progress, and turns a stop request into a save and an end."""
+
+    def __init__(
+        self, run: RunDir, config: Config, stop: StopRequest, progress: Progress, facts: dict[str, Any]
+    ) -> None:
+        self.run, self.config, self.stop, self.progress, self.facts = run, config, stop, progress, facts
+        self.first_step = 0
+        self._tokens_before = 0
+        self._tokens, self._time, self._status_time = 0, 0.0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; metrics that an earlier attempt wrote beyond the resumed checkpoint are taken back."""
+        self.first_step = state.global_step
+        rows = read_jsonl(self.run.metrics)
+        kept = [row for row in rows if row["step"] <= state.global_step]
+        if len(kept) != len(rows):
+            write_jsonl(self.run.metrics, kept)
+        self._tokens_before = max((row.get("tokens", 0) for row in kept), default=0)
+        self._tokens, self._time = 0, time.monotonic()
+        self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
+        self.progress.begin(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Between two steps is where a stop request is honoured."""
+        self.progress.step(state.global_step)
+        if self.stop.reason and not control.should_training_stop:
+            log.warning("%s at step %d: saving a checkpoint, then stopping", self.stop.reason, state.global_step)
+            control.should_save = control.should_training_stop = True
+        now = time.monotonic()
+        if now - self._status_time >= STATUS_EVERY_S:
+            self._status_time = now
+            self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One row of metrics.jsonl; tokens_per_s counts non-padding tokens since the last training row."""
+        row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
+        if "train_runtime" in row:  # transformers' summary at the end: an average over evaluation and saving too
+            return
+        tokens = row.pop("num_tokens", None)
+        if "loss" in row and tokens is not None:
+            now = time.monotonic()
+            row["tokens_per_s"] = round((tokens - self._tokens) / max(1e-9, now - self._time), 2)
+            row["tokens"] = self._tokens_before + int(tokens)
+            self._tokens, self._time = tokens, now
+        append_jsonl(self.run.metrics, row)
+        self.progress.metrics(row)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The evaluation's time is not training time."""
+        self._time = time.monotonic()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the checkpoint with its manifest; only then do older ones go."""
+        started = time.monotonic()
+        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
+        write_manifest(folder, state.global_step, self.facts)
+        rotate(self.run, self.config.checkpoint.keep)
+        self.run.write_status(checkpoint=folder.name)
+        self._time += time.monotonic() - started
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the last step on record."""
+        self.progress.end()
+        self.run.write_status(step=state.global_step, max_steps=state.max_steps)
+
+
+class Guarded(TrainerCallback):  # type: ignore[misc]
+    """A tracker's callback whose failures are reported once and never reach the training."""
+
+    def __init__(self, name: str, callback: TrainerCallback) -> None:
+        self.name, self.callback, self.failed = name, callback, False
+
+    def __getattribute__(self, attribute: str) -> Any:
+        if not attribute.startswith("on_"):
+            return super().__getattribute__(attribute)
+        handler: Callable[..., Any] | None = getattr(self.callback, attribute, None)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            if self.failed or handler is None:
+                return
+            try:
+                handler(*args, **kwargs)
+            except Exception as error:
+                self.failed = True
+                log.warning("%s failed and is off for the rest of this run; training goes on: %s", self.name, error)
+
+        return call
+
+
+def trackers(config: Config, run: RunDir) -> list[TrainerCallback]:
+    """transformers' own integrations for `tracking.report_to`, guarded; one that is not installed is named and left out."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    defaults = {
+        "WANDB_PROJECT": config.tracking.project,
+        "WANDB_DIR": str(run.logs),
+        "WANDB_NAME": run.name,
+        "TENSORBOARD_LOGGING_DIR": str(run.logs / "tensorboard"),
+        "TRACKIO_PROJECT": config.tracking.project,
+        **({"WANDB_MODE": config.tracking.wandb_mode} if config.tracking.wandb_mode else {}),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    guarded: list[TrainerCallback] = []
+    for name in config.tracking.report_to:
+        try:
+            guarded += [Guarded(name, callback()) for callback in get_reporting_integration_callbacks([name])]
+        except (RuntimeError, ImportError, ValueError) as error:
+            log.warning("tracking.report_to: %s is left out: %s", name, error)
+    return guarded

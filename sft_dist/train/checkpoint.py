@@ -1,0 +1,85 @@
+"""Checkpoints that count only with their manifest: sizes and hashes of every file, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sft_dist.files import read_json, utc_now, write_json
+from sft_dist.rundir import RunDir
+
+MANIFEST = "MANIFEST.json"
+
+
+def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any]) -> None:
+    """Record every file of `checkpoint` with size and SHA-256; from here on the checkpoint is complete."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(_digest, files))
+    entries = {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests, strict=True)
+    }
+    write_json(checkpoint / MANIFEST, {"step": step, "written": utc_now(), **facts, "files": entries})
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is there with its size and hash."""
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+    except ValueError:
+        return f"{MANIFEST} is not readable"
+    if manifest is None:
+        return f"{MANIFEST} is missing: the save did not finish"
+    for name, entry in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+    for name, entry in manifest["files"].items():
+        if _digest(checkpoint / name) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def list_checkpoints(run: RunDir) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named checkpoint-N, newest first, complete or not."""
+    found = []
+    if run.checkpoints.is_dir():
+        for path in run.checkpoints.iterdir():
+            match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def newest_complete(run: RunDir) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line on each damaged one, which is renamed `torn-checkpoint-N`."""
+    torn: list[str] = []
+    for _, path in list_checkpoints(run):
+        problem = damage(path)
+        if problem is None:
+            return path, torn
+        aside = path.with_name(f"torn-{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+        torn.append(f"{path.name}: {problem}; set aside as {aside.name}")
+    return None, torn
+
+
+def rotate(run: RunDir, keep: int) -> None:
+    """Remove the oldest checkpoints beyond `keep` complete ones; called once a newer one is complete."""
+    complete = [path for _, path in list_checkpoints(run) if (path / MANIFEST).is_file()]
+    for path in complete[keep:]:
+        shutil.rmtree(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

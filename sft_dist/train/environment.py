@@ -1,0 +1,58 @@
+"""What a run was made with: versions, git, host, devices. Never the environment's variables: they hold secrets."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sft_dist.files import utc_now
+from sft_dist.parallel.machine import Machine
+from sft_dist.parallel.resolve import Resolved
+
+PACKAGES = ("sft-dist", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "deepspeed", "peft")
+
+
+def environment(machine: Machine, resolved: Resolved) -> dict[str, Any]:
+    """The content of env.json."""
+    return {
+        "time": utc_now(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "git": _git(),
+        "cpu": machine.cpu,
+        "cores": machine.cores,
+        "cpu_bf16": machine.cpu_bf16,
+        "memory_gib": round(machine.memory_gib, 1),
+        "gpus": [asdict(gpu) for gpu in machine.gpus],
+        "resolved": {name: value for name, value in asdict(resolved).items() if name != "decisions"},
+        "decisions": list(resolved.decisions),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each package that shapes a run."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict[str, str]:
+    """Commit and state of the repository that the command was typed in, {} outside of one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    if commit.returncode != 0:
+        return {}
+    return {"commit": commit.stdout.strip(), "changed_files": str(len(status.stdout.splitlines()))}

@@ -1,0 +1,52 @@
+"""The model of a run, in the resolved type, agreeing with the tokenizer on its special tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sft_dist.config.schema import ModelConfig
+from sft_dist.train.pretrained import resolve_model
+from sft_dist.train.tokenizer import RunTokenizer, missing_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
+    """The causal language model that `model` names, its weights in `dtype`.
+
+    Embeddings grow if the template added tokens. Raises PreflightError if there is no such model here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_model(model.name)
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise missing_model(model, source, "model", error) from None
+    vocabulary = loaded.get_input_embeddings().weight.shape[0]
+    if len(tokens.tokenizer) > vocabulary:
+        # The new rows start at the mean of the old ones (transformers' mean_resizing), so that no logit stands out.
+        loaded.resize_token_embeddings(len(tokens.tokenizer))
+    _agree_on_special_tokens(loaded, tokens)
+    return loaded
+
+
+def _agree_on_special_tokens(model: PreTrainedModel, tokens: RunTokenizer) -> None:
+    """Tokenizer, model config and generation config name the same padding and end-of-turn tokens."""
+    eos, pad = tokens.tokenizer.eos_token_id, tokens.tokenizer.pad_token_id
+    config = model.config.get_text_config()
+    config.eos_token_id, config.pad_token_id = eos, pad
+    if model.generation_config is not None:
+        # Any of several tokens halts generation: ours comes first, the model's own stay.
+        own = model.generation_config.eos_token_id
+        others = [own] if isinstance(own, int) else list(own or [])
+        model.generation_config.eos_token_id = [eos, *(token for token in others if token != eos)]
+        model.generation_config.pad_token_id = pad

@@ -1,0 +1,145 @@
+"""What must hold between fields."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sft_dist
+from sft_dist.config.rules import check_rules
+from sft_dist.config.schema import Config
+from sft_dist.config.sft_fields import known_sft_fields, refused_extra
+
+
+def problems(**sections):
+    return check_rules(Config.model_validate(sections))
+
+
+def test_the_defaults_hold_together():
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "advice"),
+    [
+        (10, 4, "10 is not divisible by per_device_train_batch_size 4 x 1 device = 4; use 8 or 12, or "),
+        (3, 8, "3 is not divisible by per_device_train_batch_size 8 x 1 device = 8; use 8, or "),
+    ],
+)
+def test_an_indivisible_batch_comes_with_values_that_work(total, micro, advice):
+    (line,) = problems(train={"global_batch_size": total, "per_device_train_batch_size": micro})
+    assert line.startswith(f"train.global_batch_size   {advice}")
+    offered = line.rpartition("per_device_train_batch_size ")[2].removesuffix(" or auto").split(", ")
+    assert all(total % int(size) == 0 for size in offered)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 5, 10, "auto"])
+def test_a_divisible_batch_is_fine(micro):
+    assert problems(train={"global_batch_size": 10, "per_device_train_batch_size": micro}) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "path", "words"),
+    [
+        ({"train": {"eval_strategy": "epoch"}}, "train.eval_strategy", "set data.eval, or data.eval_size above 0"),
+        ({"train": {"eval_strategy": "steps"}, "data": {"eval_size": 5}}, "train.eval_steps", "is not set"),
+        ({"train": {"eval_steps": 5}}, "train.eval_steps", "5 would be ignored, since eval_strategy is 'no'"),
+        ({"checkpoint": {"save_strategy": "steps"}}, "checkpoint.save_steps", "is not set"),
+        ({"checkpoint": {"save_steps": 5}}, "checkpoint.save_steps", "ignored, since save_strategy is 'epoch'"),
+        ({"data": {"eval": {"task": "mix"}, "eval_size": 0.1}}, "data.eval_size", "0.1 would be ignored"),
+        ({"data": {"eval_size": 2.5}}, "data.eval_size", "neither a share (below 1) nor a whole number"),
+        ({"train": {"warmup_steps": 1.5}}, "train.warmup_steps", "neither a share"),
+        ({"evaluate": {"generation": {"temperature": 0.7}}}, "evaluate.generation.temperature", "do_sample is false"),
+        ({"evaluate": {"generation": {"top_p": 0.9}}}, "evaluate.generation.top_p", "0.9 would be ignored"),
+        ({"evaluate": {"generation": {"top_k": 50}}}, "evaluate.generation.top_k", "50 would be ignored"),
+        ({"evaluate": {"labels": ("a", "b", "a")}}, "evaluate.labels", "'a' is listed 2 times"),
+        ({"evaluate": {"labels": ("a", " ")}}, "evaluate.labels", "holds an empty label"),
+        ({"run": {"name": "../x"}}, "run.name", "'../x' cannot be a folder name; use letters"),
+        ({"model": {"name": "embedded:smollm"}}, "model.name", "embedded:smollm2-135m, embedded:tiny"),
+        ({"model": {"chat_template": "no.jinja"}}, "model.chat_template", "there is no file 'no.jinja'"),
+        ({"model": {"chat_template": "chatlm"}}, "model.chat_template", "did you mean chatml?"),
+        ({"train": {"extra": {"lerning_rate": 1}}}, "train.extra.lerning_rate", "did you mean train.learning_rate?"),
+        ({"train": {"extra": {"los_type": 1}}}, "train.extra.los_type", "SFTConfig; did you mean loss_type?"),
+        ({"train": {"extra": {"qqqq": 1}}}, "train.extra.qqqq", "is not a field of TRL's SFTConfig"),
+    ],
+)
+def test_a_contradiction_is_one_line(sections, path, words):
+    (line,) = problems(**sections)
+    assert line.startswith(f"{path}   ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"eval_strategy": "epoch"}, "data": {"eval_size": 0.1}},
+        {"train": {"eval_strategy": "steps", "eval_steps": 5}, "data": {"eval": {"task": "mix"}}},
+        {"checkpoint": {"save_strategy": "steps", "save_steps": 5}},
+        {"data": {"eval_size": 1.0}, "train": {"warmup_steps": 10.0}},
+        {"evaluate": {"generation": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}}},
+        {"evaluate": {"data": {"task": "mix"}}},
+        {"model": {"name": "org/embedded"}},
+        {"train": {"extra": {"loss_type": "dft", "use_liger_kernel": True, "neftune_noise_alpha": 5}}},
+    ],
+)
+def test_what_holds_together_is_left_alone(sections):
+    assert problems(**sections) == []
+
+
+def test_a_template_file_that_exists_is_fine():
+    Path("mine.jinja").write_text("{{ messages }}")
+    assert problems(model={"chat_template": "mine.jinja"}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("learning_rate", "set train.learning_rate"),
+        ("per_device_train_batch_size", "set train.per_device_train_batch_size"),
+        ("per_device_eval_batch_size", "set train.per_device_eval_batch_size"),
+        ("gradient_accumulation_steps", "follows from train.global_batch_size"),
+        ("activation_checkpointing", "set train.gradient_checkpointing"),
+        ("max_length", "set data.max_length"),
+        ("output_dir", "set run.dir and run.name"),
+        ("report_to", "set tracking.report_to"),
+        ("bf16", "set model.dtype"),
+        ("fp16", "set model.dtype"),
+        ("seed", "set run.seed"),
+        ("packing", "set by sft-dist"),
+        ("dataset_kwargs", "set by sft-dist"),
+        ("model_init_kwargs", "set model (dtype"),
+        ("chat_template_path", "set model.chat_template"),
+        ("save_total_limit", "set checkpoint.keep"),
+        ("enable_jit_checkpoint", "set by sft-dist"),
+        ("hub_token", "set by sft-dist"),
+        ("optim", "set by sft-dist"),
+    ],
+)
+def test_extra_refuses_what_has_its_own_place(name, words):
+    assert name in known_sft_fields()
+    (line,) = problems(train={"extra": {name: 1}})
+    assert line.startswith(f"train.extra.{name}   ")
+    assert words in line
+
+
+def test_extra_refuses_every_field_that_train_already_has():
+    ours = set(Config().train.model_dump()) & known_sft_fields()
+    assert {"max_steps", "weight_decay", "eval_steps"} <= ours
+    assert all(refused_extra(name) for name in ours)
+
+
+def test_extra_refuses_every_argument_that_the_trainer_sets():
+    source = (Path(sft_dist.__file__).parent / "train" / "trainer.py").read_text(encoding="utf-8")
+    function = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "sft_config")
+    keys = [
+        key.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    ]
+    set_there = {key for key in keys if isinstance(key, str)} & known_sft_fields()
+    assert "learning_rate" in set_there
+    assert [name for name in sorted(set_there) if refused_extra(name) is None] == []

@@ -1,0 +1,191 @@
+"""Rows of every format become Examples; rows that cannot be used say what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sft_dist.data.formats import (
+    RIGHT_CHAT_PAIR,
+    RIGHT_ROWS,
+    detect_format,
+    expected_answer,
+    parse_row,
+    prompt_messages,
+)
+from sft_dist.errors import DataError
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+USER, ANSWER = says("user", "Hi"), says("assistant", "Hello!")
+
+
+def test_messages_row_keeps_turns_and_other_columns():
+    row = {
+        "messages": [says("system", "Be kind."), USER, ANSWER, says("user", "Bye"), says("assistant", "Bye!")],
+        "id": 7,
+    }
+    example = parse_row(row, "auto", "rows.jsonl:3", None)
+    assert example.messages == tuple(row["messages"])
+    assert (example.first_trained, example.fields, example.where) == (0, {"id": 7}, "rows.jsonl:3")
+    assert prompt_messages(example) == tuple(row["messages"][:4])
+    assert expected_answer(example) == "Bye!"
+
+
+def test_extra_keys_of_messages_are_left_out_but_text_is_untouched():
+    row = {"messages": [{**USER, "name": "Ann", "tool_calls": None}, {**ANSWER, "content": " a\n", "weight": 1}]}
+    assert parse_row(row, "messages", "w", None).messages == (USER, says("assistant", " a\n"))
+
+
+def test_tool_messages_stand_between_answers():
+    messages = [
+        USER,
+        says("assistant", "look up"),
+        says("tool", ""),
+        says("tool", "42"),
+        says("assistant", "It is 42."),
+    ]
+    assert parse_row({"messages": messages}, "auto", "w", None).messages == tuple(messages)
+
+
+def test_plain_prompt_completion_has_no_messages_and_takes_no_system():
+    example = parse_row({"prompt": "2 + 2 =", "completion": " 4"}, "auto", "w", "Be kind.")
+    assert (example.prompt, example.completion, example.messages) == ("2 + 2 =", " 4", ())
+    assert prompt_messages(example) == ()
+    assert expected_answer(example) == " 4"
+
+
+def test_chat_prompt_completion_trains_the_completion_only():
+    row = {"prompt": [USER, ANSWER, says("user", "More")], "completion": [says("assistant", "Yes")], "expected": "Yes."}
+    example = parse_row(row, "auto", "w", None)
+    assert [m["content"] for m in example.messages] == ["Hi", "Hello!", "More", "Yes"]
+    assert example.first_trained == 3
+    assert expected_answer(example) == "Yes."
+    with_system = parse_row(row, "auto", "w", "Be kind.")
+    assert with_system.messages[0] == says("system", "Be kind.")
+    assert with_system.first_trained == 4
+    assert prompt_messages(with_system) == with_system.messages[:4]
+
+
+def test_system_is_not_put_before_another_and_does_not_change_the_row():
+    row = {"messages": [USER, ANSWER]}
+    assert [m["role"] for m in parse_row(row, "auto", "w", "S").messages] == ["system", "user", "assistant"]
+    assert len(row["messages"]) == 2
+    own = {"messages": [says("system", ""), USER, ANSWER]}
+    assert parse_row(own, "auto", "w", "S").messages[0] == says("system", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "fields"),
+    [
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "Add\n\n1 2", "3", {}),
+        ({"instruction": "Add", "input": "", "output": "3", "id": 1}, "Add", "3", {"id": 1}),
+        ({"instruction": "Add", "input": None, "output": None, "response": "3"}, "Add", "3", {"output": None}),
+        ({"instruction": "Add", "response": "3"}, "Add", "3", {}),
+    ],
+)
+def test_instruction_rows(row, question, answer, fields):
+    example = parse_row(row, "auto", "w", None)
+    assert example.messages == (says("user", question), says("assistant", answer))
+    assert example.fields == fields
+
+
+def test_expected_column_may_be_a_number_and_null_is_no_answer():
+    row = {"prompt": "2 + 2 =", "completion": " 4"}
+    assert expected_answer(parse_row({**row, "expected": 4}, "auto", "w", None)) == "4"
+    assert expected_answer(parse_row({**row, "expected": None}, "auto", "w", None)) == " 4"
+
+
+@pytest.mark.parametrize("name", RIGHT_ROWS)
+def test_right_rows_shown_to_users_are_right(name):
+    row = json.loads(RIGHT_ROWS[name])
+    assert detect_format(row) == name
+    assert parse_row(row, name, "w", None).where == "w"
+    assert parse_row(json.loads(RIGHT_CHAT_PAIR), "auto", "w", None).first_trained == 1
+
+
+def test_detection_error_names_keys_and_formats():
+    with pytest.raises(DataError) as caught:
+        detect_format({"question": "?", "answer": "!"})
+    assert "question, answer" in caught.value.message
+    assert all(name in str(caught.value) for name in RIGHT_ROWS)
+    with pytest.raises(DataError, match='rename "conversations" to "messages"'):
+        detect_format({"conversations": [{"from": "human", "value": "Hi"}]})
+
+
+MESSAGES_ERRORS = [
+    ("text", "messages is text, not a list"),
+    (None, "messages is null"),
+    ([], "messages is an empty list"),
+    (["Hi"], r"messages\[0\] is text, not an object"),
+    ([{"from": "human", "value": "Hi"}], r"messages\[0\] has no role \(its keys: from, value\)"),
+    ([USER, says("asistant", "x")], r"""messages\[1\] has the unknown role 'asistant'; did you mean "assistant"\?"""),
+    ([says("human", "x"), ANSWER], 'did you mean "user"'),
+    ([says(3, "x"), ANSWER], "unknown role 3 "),
+    ([USER, {"role": "assistant"}], r"messages\[1\] \(assistant\) has no content"),
+    ([USER, says("assistant", None)], r"messages\[1\] \(assistant\) has no content"),
+    ([USER, says("assistant", 4)], r"content is a number, not text"),
+    ([USER, says("assistant", [{"type": "text", "text": "x"}])], "list of parts"),
+    ([USER, says("assistant", "cut \ud83d")], "half of a surrogate pair"),
+    ([USER, {**ANSWER, "tool_calls": [{}]}], r"messages\[1\] has tool_calls, which is not supported"),
+    ([USER, {**ANSWER, "weight": 0}], "has weight, which is not supported"),
+    ([USER], "has no assistant message, so there is no answer"),
+    ([USER, says("assistant", " \n")], r"messages\[1\] is an empty answer of the assistant"),
+    ([says("user", ""), ANSWER], r"messages\[0\] is an empty user message"),
+    ([ANSWER], r"messages\[0\] \(assistant\) is the first message"),
+    ([USER, ANSWER, ANSWER], r"messages\[2\] \(assistant\) follows another assistant"),
+    ([says("system", "S"), ANSWER], "follows a system message"),
+    ([USER, says("system", "S"), ANSWER], r"messages\[1\] is a system message; only the first"),
+    ([USER, says("tool", "x"), ANSWER], r"messages\[1\] \(tool\) must follow an assistant"),
+    ([USER, ANSWER, USER], r"the last message \(messages\[2\]\) is from the user"),
+]
+OTHER_ERRORS = [
+    (["a"], "the row is a list, not a JSON object"),
+    ("a", "the row is text, not a JSON object"),
+    (None, "the row is null, not a JSON object"),
+    (7, "the row is a number"),
+    (True, "the row is true or false"),
+    ({}, r"cannot be told from its keys \(none\)"),
+    ({"prompt": "a"}, r'has no "completion" \(its keys: prompt\)'),
+    ({"prompt": "a", "response": "b"}, r'has no "completion" \(its keys: prompt, response\)'),
+    ({"prompt": "a", "completion": None}, "completion is null"),
+    ({"prompt": "a", "completion": " "}, "completion is empty"),
+    ({"prompt": "", "completion": "b"}, "prompt is empty"),
+    ({"prompt": "a", "completion": 3}, "prompt is text and completion is a number; both must be text"),
+    ({"prompt": "a", "completion": [ANSWER]}, "both must be text, or both lists of messages"),
+    ({"prompt": [USER], "completion": []}, "completion is an empty list"),
+    ({"prompt": [], "completion": [ANSWER]}, "prompt is an empty list"),
+    ({"prompt": [USER], "completion": [USER]}, r"completion\[0\] is from the user"),
+    ({"prompt": [USER, ANSWER], "completion": [ANSWER]}, r"completion\[0\] \(assistant\) follows another assistant"),
+    ({"instruction": "a"}, "has no answer: neither"),
+    ({"instruction": "a", "output": ""}, "output is empty"),
+    ({"instruction": "a", "output": ["b"]}, "output is a list, not text"),
+    ({"instruction": "", "output": "b"}, "instruction is empty"),
+    ({"instruction": "a", "input": 3, "output": "b"}, "input is a number, not text"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), [({"messages": m}, e) for m, e in MESSAGES_ERRORS] + OTHER_ERRORS)
+def test_every_bad_row_has_its_message(row, message):
+    with pytest.raises(DataError, match=message) as caught:
+        parse_row(row, "auto", "rows.jsonl:17", None)
+    assert caught.value.message.startswith("rows.jsonl:17: ")
+    assert caught.value.hint and '"' in caught.value.hint
+    assert caught.value.exit_code == 4
+
+
+def test_named_format_is_not_guessed():
+    with pytest.raises(DataError, match=r'has no "messages" \(its keys: prompt, completion\)'):
+        parse_row({"prompt": "a", "completion": "b"}, "messages", "w", None)
+
+
+def test_long_and_hostile_keys_stay_on_one_short_line():
+    row = {"\x1b[2Jevil\n": 1, **{f"column_{i}": i for i in range(500)}}
+    with pytest.raises(DataError) as caught:
+        parse_row(row, "messages", "w", None)
+    assert "\x1b" not in caught.value.message and "\n" not in caught.value.message
+    assert len(caught.value.message) < 250

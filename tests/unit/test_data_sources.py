@@ -1,0 +1,296 @@
+"""Rows come from files, the Hub and tasks; what cannot be read says so on one screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sft_dist.config.schema import SourceConfig
+from sft_dist.data.sources import load_examples, task_rows, write_task
+from sft_dist.errors import ConfigError, DataError
+
+
+def row(answer="Hello!", **fields):
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}], **fields}
+
+
+def lines(*rows):
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+def load(path, *, on_bad_row="error", system=None, **fields):
+    return load_examples(SourceConfig(path=str(path), **fields), system=system, on_bad_row=on_bad_row)
+
+
+def answers(examples):
+    return [example.messages[-1]["content"] for example in examples]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    def write(content, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def test_jsonl_with_blank_lines_and_line_numbers(rows_file):
+    path = rows_file("\n" + lines(row("a")) + "  \n\n" + lines(row("b", id=2)))
+    examples, dropped = load(path, system="Be kind.")
+    assert answers(examples) == ["a", "b"]
+    assert [e.where for e in examples] == [f"{path}:2", f"{path}:5"]
+    assert examples[1].fields == {"id": 2}
+    assert examples[0].messages[0] == {"role": "system", "content": "Be kind."}
+    assert dropped == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + lines(row("a"), row("b")).encode(),
+        lines(row("a"), row("b")).replace("\n", "\r\n").encode(),
+        lines(row("a"), row("b")).rstrip("\n").encode(),
+    ],
+    ids=["bom", "crlf", "no newline at the end"],
+)
+def test_jsonl_variants(rows_file, content):
+    assert answers(load(rows_file(content))[0]) == ["a", "b"]
+
+
+def test_line_separators_inside_strings_do_not_split_lines(rows_file):
+    text = "a\u2028b\x85c"
+    content = json.dumps(row(text), ensure_ascii=False) + "\n" + json.dumps(row("x")) + "\n"
+    assert answers(load(rows_file(content))[0]) == [text, "x"]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_json_array(rows_file, name, bom):
+    path = rows_file(bom + json.dumps([row("a"), row("b")], indent=1).encode(), name)
+    examples, _ = load(path)
+    assert answers(examples) == ["a", "b"]
+    assert examples[1].where == f"{path}: row 2"
+
+
+def test_json_object_with_data_and_lines_in_a_json_file(rows_file):
+    assert answers(load(rows_file(json.dumps({"version": 1, "data": [row("a")]}), "a.json"))[0]) == ["a"]
+    path = rows_file(lines(row("a"), row("b")), "b.json")
+    assert [e.where for e in load(path)[0]] == [f"{path}:1", f"{path}:2"]
+
+
+def test_sample_takes_the_first_rows_and_does_not_look_at_the_rest(rows_file):
+    path = rows_file(lines(row("a"), row("b")) + "not json\n")
+    assert answers(load(path, sample=2)[0]) == ["a", "b"]
+    assert answers(load(path, sample=1)[0]) == ["a"]
+
+
+def test_home_folder_in_path(rows_file, tmp_path, monkeypatch):
+    rows_file(lines(row("a")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert answers(load("~/rows.jsonl")[0]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("", "rows.jsonl", "rows.jsonl holds no rows"),
+        ("", "rows.json", "rows.json holds no rows"),
+        ("\ufeff\n \n", "rows.jsonl", "rows.jsonl holds no rows"),
+        ("[]", "rows.json", "rows.json holds no rows"),
+        ('{"data": []}', "rows.json", "rows.json holds no rows"),
+        (json.dumps(row(), indent=1), "rows.json", 'holds one JSON object without a list "data"'),
+        ('"text"', "rows.json", 'holds one JSON value without a list "data"'),
+        ('[\n{"a": 1},\n{"b" 2}]', "rows.json", r"rows.json:3: not valid JSON: Expecting ':' delimiter at column 6"),
+        (lines(row()).encode("utf-16"), "rows.jsonl", "rows.jsonl is UTF-16 text"),
+        (lines(row()).encode("utf-16-le"), "rows.jsonl", "binary or UTF-16"),
+        (lines(row()).encode("utf-16"), "rows.json", "rows.json is UTF-16 text"),
+        (lines(row("a")).encode() + b'{"a": "caf\xe9"}\n', "rows.jsonl", r"rows.jsonl:2 is not UTF-8 text \(byte 0xe9 at position 11\)"),
+        (b'["caf\xe9"]', "rows.json", r"rows.json is not UTF-8 text \(byte 0xe9"),
+        ("a,b\n1,2\n", "rows.csv", "rows.csv is not read as it is: files must be JSON or JSONL"),
+        ("[" * 100_000, "rows.json", "not valid JSON"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("on_bad_row", ["error", "drop"])
+def test_unusable_files(rows_file, content, name, message, on_bad_row):
+    with pytest.raises(DataError, match=message) as caught:
+        load(rows_file(content, name), on_bad_row=on_bad_row)
+    assert caught.value.exit_code == 4
+    assert caught.value.hint
+
+
+def test_hint_for_other_file_types_works(rows_file, tmp_path):
+    path = rows_file("prompt,completion\none plus one is,two\n", "my rows.csv")
+    with pytest.raises(DataError) as caught:
+        load(path)
+    program = caught.value.hint.split('-c "')[1].rstrip('"')
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert load(tmp_path / "my rows.jsonl")[0][0].completion == "two"
+
+
+def test_bad_rows_are_reported_together(rows_file):
+    broken = ['{"messages": [', "[1]", '{"messages": []}', '"x"', "{}", "{'a': 1}", "null"]
+    path = rows_file(lines(row()) + "\n".join(broken))
+    with pytest.raises(DataError) as caught:
+        load(path)
+    message = caught.value.message
+    assert message.startswith("7 of 8 rows cannot be used:")
+    assert f"{path}:2: not valid JSON: Expecting value at column 15" in message
+    assert f"{path}:3: the row is a list" in message
+    assert f'{path}:6: has no "messages"' in message
+    assert f"{path}:7" not in message and message.endswith("... and 2 more")
+    assert "data.on_bad_row=drop" in caught.value.hint
+
+
+def test_bad_rows_are_dropped_with_their_messages(rows_file):
+    path = rows_file("oops\n" + lines(row("a"), {"messages": []}, row("b")))
+    examples, dropped = load(path, on_bad_row="drop")
+    assert answers(examples) == ["a", "b"]
+    assert [d.split(": ")[0] for d in dropped] == [f"{path}:1", f"{path}:3"]
+
+
+def test_all_rows_dropped_is_an_error(rows_file):
+    with pytest.raises(DataError, match="all 2 rows were dropped") as caught:
+        load(rows_file(lines({"messages": []}, {"messages": 3})), on_bad_row="drop")
+    assert "on_bad_row=drop" not in str(caught.value)
+
+
+def test_row_without_an_answer(rows_file):
+    path = rows_file(lines({"messages": [{"role": "user", "content": "Hi"}]}))
+    with pytest.raises(DataError, match="the only row cannot be used") as caught:
+        load(path)
+    assert f"{path}:1: has no assistant message" in caught.value.message
+    assert "a right row: " in caught.value.hint
+
+
+def test_undetectable_format_names_keys_and_formats(rows_file):
+    path = rows_file(lines({"question": "a", "answer": "b"}))
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: the format cannot be told from its keys \(question, answer\)"
+    ) as e:
+        load(path)
+    assert "prompt_completion" in e.value.hint and "instruction" in e.value.hint
+
+
+def test_named_format_overrides_detection(rows_file):
+    path = rows_file(lines({**row(), "instruction": "Say x", "output": "x"}))
+    assert answers(load(path, format="instruction")[0]) == ["x"]
+    assert answers(load(path)[0]) == ["Hello!"]
+
+
+def test_missing_files(rows_file, tmp_path, monkeypatch):
+    rows_file(lines(row()), "train_rows.jsonl")
+    with pytest.raises(DataError, match="there is no file") as caught:
+        load(tmp_path / "train_row.jsonl")
+    assert caught.value.hint == f"did you mean {tmp_path / 'train_rows.jsonl'}?"
+    with pytest.raises(DataError, match=r"JSON files in .*: train_rows\.jsonl"):
+        load(tmp_path / "zzz.json")
+    with pytest.raises(DataError, match=r"the folder .*nowhere does not exist"):
+        load(tmp_path / "nowhere" / "rows.jsonl")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(DataError, match="there are no JSON files in"):
+        load(tmp_path / "sub" / "rows.jsonl")
+    with pytest.raises(DataError, match=r"is a folder, not a file\n  JSON files in .*: train_rows.jsonl"):
+        load(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./rows", "../x/rows", "a/b/c", "my rows", "train_rows.json"):
+        with pytest.raises(DataError, match="there is no file"):
+            load(name)
+
+
+def fake_hub(monkeypatch, result):
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        if isinstance(result, Exception):
+            raise result
+        return datasets.Dataset.from_list(result)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub_dataset(monkeypatch):
+    calls = fake_hub(monkeypatch, [row("a", id=1), row("b", id=2), row("c", id=3)])
+    examples, _ = load("owner/name", name="cfg", split="validation", revision="v1", sample=2)
+    assert answers(examples) == ["a", "b"]
+    assert examples[1].where == "owner/name (validation), row 2"
+    assert examples[1].fields == {"id": 2}
+    assert calls == [(("owner/name", "cfg"), {"split": "validation", "revision": "v1"})]
+
+
+def test_hub_dataset_that_cannot_be_fetched(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gsm8k.jsonl").write_text("{}")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    fake_hub(monkeypatch, ConnectionError("no route to host\n" + "x" * 5000))
+    with pytest.raises(DataError, match="could not be fetched from here") as caught:
+        load("gsm8k", name="main")
+    text = str(caught.value)
+    assert "load_dataset('gsm8k', 'main', split='train', revision=None)" in text
+    assert "ConnectionError: no route to host" in text
+    assert "did you mean gsm8k.jsonl?" in text
+    assert "pass a JSONL file" in text
+    assert "is set" not in text
+    assert len(text) < 1500
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set"):
+        load("gsm8k")
+
+
+def test_hub_dataset_without_rows(monkeypatch):
+    fake_hub(monkeypatch, [])
+    with pytest.raises(DataError, match="the dataset owner/name has no rows in split train"):
+        load("owner/name")
+
+
+def test_hub_really_offline(tmp_path):
+    program = (
+        "from sft_dist.config.schema import SourceConfig\n"
+        "from sft_dist.data.sources import load_examples\n"
+        "from sft_dist.errors import DataError\n"
+        "try:\n    load_examples(SourceConfig(path='nobody/nothing-here'), system=None, on_bad_row='error')\n"
+        "except DataError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
+    assert "could not be fetched from here" in done.stdout
+    assert "HF_HUB_OFFLINE is set" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_task_source_and_sample():
+    source = SourceConfig(task="tickets", rows=12, seed=5, sample=7)
+    examples, dropped = load_examples(source, system="Sort.", on_bad_row="error")
+    assert (len(examples), dropped) == (7, [])
+    assert examples[6].where == "task tickets, row 7"
+    assert examples[0].first_trained == 2
+    assert examples[0].fields["metric"] == "exact_match"
+    mixed, _ = load_examples(SourceConfig(task="mix", rows=5), system=None, on_bad_row="error")
+    assert len(mixed) == 5 and mixed[0].first_trained == 0
+
+
+def test_write_task_writes_what_the_task_source_gives(tmp_path):
+    path = write_task("mix", 30, 3, tmp_path / "new" / "mix.jsonl")
+    from_file, _ = load(path)
+    from_task, _ = load_examples(SourceConfig(task="mix", rows=30, seed=3), system=None, on_bad_row="error")
+    assert [e.messages for e in from_file] == [e.messages for e in from_task]
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="already exists and was left as it is"):
+        write_task("mix", 3, 3, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["mix.jsonl"]
+
+
+def test_unknown_task():
+    with pytest.raises(ConfigError, match="there is no synthetic task 'ticket'; did you mean tickets"):
+        task_rows("ticket", 3, 1)
