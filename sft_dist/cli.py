@@ -7,16 +7,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sft_dist.cli_data import ConfigArgument, Overrides, data_app, load
 from sft_dist.errors import ConfigError, SftDistError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sft_dist.config.loader import LoadedConfig
+    from sft_dist.rundir import RunDir
 
 app = typer.Typer(
     help="One supervised fine-tuning run, from a laptop's CPU to a SLURM job, from the same YAML.",
@@ -27,11 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Make, look at and prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config fields, values as YAML.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -97,7 +93,7 @@ def config(
     from sft_dist.parallel.machine import this_machine
     from sft_dist.parallel.resolve import resolve
 
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     if as_json:
         print(loaded.config.model_dump_json(indent=2))
     elif explain:
@@ -127,10 +123,10 @@ def train(
     """Run here: ask before, train, ask after, report. Example: sft-dist train demo train.learning_rate=1e-5"""
     from sft_dist.stages import new_run, run_here
 
-    run = new_run(_load(config, overrides), overwrite=overwrite)
+    run = new_run(load(config, overrides), overwrite=overwrite)
     logging.getLogger(__name__).info("run %s in %s", run.name, run.path)
     run_here(run)
-    _show_result(str(run.path))
+    _show_result(run)
 
 
 @app.command()
@@ -143,7 +139,7 @@ def resume(run: RunArgument) -> None:
     if found.read_status().get("state") == "done":
         raise ConfigError(f"run {found.name} is done", hint=f"see it with: sft-dist report {run}")
     run_here(found)
-    _show_result(str(found.path))
+    _show_result(found)
 
 
 @app.command()
@@ -165,7 +161,7 @@ def evaluate(
         raise ConfigError(f"run {found.name} has neither evaluate.questions nor evaluate.data, so nothing to ask")
     evaluate_here(settings, found, resolve_here(settings, found), "before" if before else "after")
     report_here(found)
-    _show_result(str(found.path), as_json=as_json)
+    _show_result(found, as_json=as_json)
 
 
 @app.command()
@@ -205,41 +201,6 @@ def report(run: RunArgument) -> None:
     print(found.report)
 
 
-@data_app.command("make")
-def data_make(
-    task: Annotated[str, typer.Argument(help="tickets or mix.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other rows.")] = 1,
-) -> None:
-    """Write rows of a synthetic task. Example: sft-dist data make tickets -o tickets.jsonl --rows 500"""
-    from sft_dist.data.sources import write_task
-
-    print(write_task(task, rows, seed, output))
-
-
-@data_app.command("preview")
-def data_preview(
-    config: ConfigArgument,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows in the table.")] = 3,
-    row: Annotated[int, typer.Option(min=1, help="The row whose tokens are shown.")] = 1,
-) -> None:
-    """Show rows, and the tokens of one, coloured by whether they are trained. Example: sft-dist data preview demo"""
-    from sft_dist.stages import preview_here
-
-    for renderable in preview_here(_load(config, overrides).config, rows, row):
-        _console().print(renderable)
-
-
-@data_app.command("prepare")
-def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
-    from sft_dist.stages import prepare_here
-
-    print(json.dumps(prepare_here(_load(config, overrides).config), indent=2))
-
-
 def main() -> None:
     """The console script: turns exceptions into one clear screen and an exit status."""
     import click
@@ -262,34 +223,17 @@ def main() -> None:
     sys.exit(status or 0)
 
 
-def _load(config: str, overrides: list[str] | None) -> LoadedConfig:
-    from sft_dist.config.loader import load_config
-
-    return load_config(config, overrides or [])
-
-
-def _console() -> Console:
+def _show_result(run: RunDir, *, as_json: bool = False) -> None:
+    """Scores and samples of a run, and where to look further."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    from sft_dist.files import read_json
+    from sft_dist.report.tables import result_tables
 
-
-def _show_result(path: str, *, as_json: bool = False) -> None:
-    """Scores and samples of a run, and where to look further."""
-    from sft_dist.files import read_json, read_jsonl
-    from sft_dist.report.tables import answers_table, scores_table
-    from sft_dist.rundir import RunDir
-
-    run = RunDir(Path(path))
-    scores: dict[str, Any] | None = read_json(run.scores)
     if as_json:
-        print(json.dumps(scores or {}, indent=2))
+        print(json.dumps(read_json(run.scores) or {}, indent=2))
         return
-    console = _console()
-    before, after = (read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after"))
-    if before or after:
-        console.print(answers_table(before, after))
-    if scores:
-        console.print(scores_table(scores))
+    for table in result_tables(run):
+        Console(highlight=False).print(table)
     if run.report.is_file():
         print(run.report)

@@ -117,6 +117,7 @@ def override_layer(overrides: Sequence[str], problems: list[str]) -> Layer:
         layer = _layer("cli", value)
         whole += layer.whole_sources
         _nest(tree, layer.tree)
+    _locate_files(tree, Path())
     return Layer("cli", tree, tuple(whole))
 
 
@@ -154,21 +155,23 @@ def _layer(origin: str, tree: Mapping[str, Any]) -> Layer:
 
 
 def _locate_files(tree: dict[str, Any], folder: Path) -> None:
-    """The one place where relative paths of a config file are resolved, in place.
+    """The one place where relative paths are resolved, in place.
 
-    A data source or a .jinja template that exists as typed (from the current directory) stays as typed; else, if it
-    exists from the config file's folder, it becomes that path; else it stays as typed. Recipes and overrides are never
-    touched, and neither are model names.
+    A data source, a .jinja template or a model directory that exists from the current directory, or else from
+    `folder` (the config file's), becomes an absolute path, so that a run can be resumed from anywhere. Everything
+    else stays as typed: it may be the name of something on the Hub.
     """
     places = [(tree.get(section), field, "path") for section, field in SOURCES]
     holders: list[tuple[Any, str]] = [(part.get(field), key) for part, field, key in places if isinstance(part, dict)]
     model = tree.get("model")
-    if isinstance(model, dict) and str(model.get("chat_template")).endswith(".jinja"):
-        holders.append((model, "chat_template"))
+    holders += [(model, key) for key in ("name", "tokenizer", "chat_template")]
     for holder, key in holders:
         value = holder.get(key) if isinstance(holder, dict) else None
-        if isinstance(value, str) and not _is_file(Path(value)) and _is_file(folder / value):
-            holder[key] = str(folder / value)
+        if not isinstance(value, str) or not value or (key == "chat_template" and not value.endswith(".jinja")):
+            continue
+        found = [place / value for place in (Path(), folder) if _exists(place / value, key)]
+        if found:
+            holder[key] = str(found[0].resolve())
 
 
 def _find(reference: str, folder: Path | None) -> Document | None:
@@ -211,6 +214,13 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or holds a null character
+        return False
+
+
+def _exists(path: Path, key: str) -> bool:
+    try:
+        return path.is_file() or (key in ("name", "tokenizer") and path.is_dir())
+    except (OSError, ValueError):
         return False
 
 

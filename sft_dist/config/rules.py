@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config.schema import Config, GenerationConfig
+from sft_dist.config.schema import SOURCES, Config, GenerationConfig, SourceConfig
 from sft_dist.config.sft_fields import known_sft_fields, refused_extra
 from sft_dist.config.spelling import suggest
 from sft_dist.errors import ConfigError
@@ -19,6 +19,9 @@ EMBEDDED_MODELS = ("embedded:smollm2-135m", "embedded:tiny")
 CHAT_TEMPLATES = ("auto", "chatml", "plain")
 # All plans of this version run one process.
 WORLD_SIZE = 1
+# Fields of a data source that mean nothing for the other kind.
+OF_TASK = ("rows", "seed")
+OF_PATH = ("name", "split", "revision")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def check_rules(config: Config) -> list[str]:
 
 def rule_problems(config: Config) -> list[Problem]:
     """Like `check_rules`, as Problems."""
-    checks = (_names, _batch_sizes, _strategies, _shares, _generation, _labels, _extra)
+    checks = (_names, _sources, _batch_sizes, _strategies, _shares, _generation, _labels, _extra)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -75,6 +78,19 @@ def _names(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.chat_template", f"{shown(template)} is not one of {known}, nor the path of a .jinja file{guess}"
         )
+
+
+def _sources(config: Config) -> Iterator[Problem]:
+    """Fields of the other kind of source, which would be ignored."""
+    for section, field in SOURCES:
+        source = getattr(getattr(config, section), field)
+        if source is None:
+            continue
+        kind, foreign = ("a file or a dataset", OF_TASK) if source.path else ("a synthetic task", OF_PATH)
+        for name in foreign:
+            if getattr(source, name) != SourceConfig.model_fields[name].default:
+                use = "; use sample" if name == "rows" else ""
+                yield Problem(f"{section}.{field}.{name}", f"would be ignored, since the rows come from {kind}{use}")
 
 
 def _batch_sizes(config: Config) -> Iterator[Problem]:

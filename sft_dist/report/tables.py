@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sft_dist.files import read_json, read_jsonl
 from sft_dist.report.samples import Answer, Sample, pair_samples
 from sft_dist.report.scores import score_rows
 from sft_dist.report.text import NONE, clip, percent, plain, points, visible
+from sft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
 MAX_ROWS = 10
-MAX_CHARACTERS = 400
+SHOWN_AT_THE_END = 4
+MAX_CHARACTERS = 300
 
 
 def scores_table(scores: dict[str, Any]) -> Table:
@@ -35,6 +39,14 @@ def scores_table(scores: dict[str, Any]) -> Table:
     return table
 
 
+def result_tables(run: RunDir) -> list[Table]:
+    """What a command shows of a run at its end: a few answers side by side, and the scores; [] if there are none."""
+    before, after = (read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after"))
+    scores = read_json(run.scores)
+    tables = [answers_table(before, after, limit=SHOWN_AT_THE_END)] if before or after else []
+    return [*tables, scores_table(scores)] if scores else tables
+
+
 def answers_table(
     before_rows: Iterable[dict[str, Any]], after_rows: Iterable[dict[str, Any]], *, limit: int = MAX_ROWS
 ) -> Table:
@@ -48,13 +60,23 @@ def answers_table(
         table.add_column("expected", ratio=1, overflow="fold")
     table.add_column("before", ratio=2, overflow="fold")
     table.add_column("after", ratio=2, overflow="fold")
+    opening = _shared_opening(scored)
     for sample in (*questions[:limit], *scored[:limit]):
         expected = [_safe(NONE if sample.expected is None else sample.expected)] if scored else []
-        table.add_row(_safe(_asked(sample)), *expected, _said(sample.before), _said(sample.after))
+        asked = _asked(sample)
+        shown = f"... {asked[len(opening) :]}" if opening and sample in scored else asked
+        table.add_row(_safe(shown), *expected, _said(sample.before), _said(sample.after))
     more = max(0, len(questions) - limit) + max(0, len(scored) - limit)
     if more:
         table.caption = f"{more:,} more in the run's eval folder"
     return table
+
+
+def _shared_opening(samples: Sequence[Sample]) -> str:
+    """The words with which every prompt begins (the task's instruction); "" if they are few."""
+    common = os.path.commonprefix([_asked(sample) for sample in samples]) if len(samples) > 1 else ""  # noqa: RUF071 characters are meant
+    common = common[: max(common.rfind(" "), common.rfind("\n")) + 1]
+    return common if len(common) > 40 else ""
 
 
 def _asked(sample: Sample) -> str:

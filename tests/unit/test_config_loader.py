@@ -167,10 +167,10 @@ def test_relative_files_are_found_from_here_first_then_beside_the_config():
     )
     config = load_config("c/a.yaml").config
     assert config.data.eval is not None and config.evaluate.data is not None
-    assert config.data.train.path == "here.jsonl"
-    assert config.data.eval.path == "c/beside.jsonl"
+    assert config.data.train.path == str(Path("here.jsonl").resolve())
+    assert config.data.eval.path == str(Path("c/beside.jsonl").resolve())
     assert config.evaluate.data.path == "nowhere.jsonl"
-    assert config.model.chat_template == "c/t.jinja"
+    assert config.model.chat_template == str(Path("c/t.jinja").resolve())
 
 
 def test_an_inherited_file_is_found_beside_the_config_that_names_it_and_an_override_only_from_here():

@@ -83,8 +83,8 @@ def test_override_problems_are_listed_even_if_the_file_cannot_be_read():
 
 def test_text_for_a_source_is_short_for_its_path_and_can_be_overridden_below():
     write(Path("a.yaml"), "data: {train: rows.jsonl, eval: held.jsonl}\nevaluate: {data: test.jsonl}\n")
-    config = load_config("a.yaml", ["data.train.rows=10", "data.eval.sample=3"]).config
-    assert (config.data.train.path, config.data.train.task, config.data.train.rows) == ("rows.jsonl", None, 10)
+    config = load_config("a.yaml", ["data.train.sample=10", "data.eval.sample=3"]).config
+    assert (config.data.train.path, config.data.train.task, config.data.train.sample) == ("rows.jsonl", None, 10)
     assert config.data.eval is not None and config.evaluate.data is not None
     assert (config.data.eval.path, config.data.eval.sample, config.evaluate.data.path) == (
         "held.jsonl",

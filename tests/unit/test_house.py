@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_FILE_LINES = 250
 MAX_FUNCTION_LINES = 60
-MAX_WORKER_FILES = 24
+MAX_WORKER_FILES = 40
 # Rooms that may use the heavy libraries at module level; everything else works on a login node.
 HEAVY_ROOMS = {"data", "train", "evaluate"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -220,7 +220,7 @@ def import_closure(path: Path) -> set[Path]:
 
 def test_the_closure_follows_imports() -> None:
     closure = import_closure(PACKAGE / "rundir.py")
-    assert closure == {PACKAGE / "rundir.py", PACKAGE / "errors.py"}
+    assert closure == {PACKAGE / "rundir.py", PACKAGE / "files.py", PACKAGE / "errors.py"}
 
 
 def test_the_training_path_stays_small() -> None:

@@ -1,0 +1,62 @@
+"""The commands below `sft-dist data`, and the arguments that they share with the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sft_dist.config.loader import LoadedConfig
+
+data_app = typer.Typer(help="Make, look at and prepare training data.", no_args_is_help=True, rich_markup_mode=None)
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config fields, values as YAML.")]
+
+
+@data_app.command("make")
+def data_make(
+    task: Annotated[str, typer.Argument(help="tickets or mix.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other rows.")] = 1,
+) -> None:
+    """Write rows of a synthetic task. Example: sft-dist data make tickets -o tickets.jsonl --rows 500"""
+    from sft_dist.data.sources import write_task
+
+    typer.echo(write_task(task, rows, seed, output))
+
+
+@data_app.command("preview")
+def data_preview(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows in the table.")] = 3,
+    row: Annotated[int, typer.Option(min=1, help="The row whose tokens are shown.")] = 1,
+) -> None:
+    """Show rows, and the tokens of one, coloured by whether they are trained. Example: sft-dist data preview demo"""
+    from rich.console import Console
+
+    from sft_dist.stages import preview_here
+
+    console = Console(highlight=False)
+    for renderable in preview_here(load(config, overrides).config, rows, row):
+        console.print(renderable)
+
+
+@data_app.command("prepare")
+def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
+    from sft_dist.stages import prepare_here
+
+    typer.echo(json.dumps(prepare_here(load(config, overrides).config), indent=2))
+
+
+def load(config: str, overrides: list[str] | None) -> LoadedConfig:
+    """The config that a command was given, with its overrides. Raises ConfigError."""
+    from sft_dist.config.loader import load_config
+
+    return load_config(config, overrides or [])

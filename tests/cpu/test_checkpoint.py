@@ -1,0 +1,184 @@
+"""A checkpoint counts only while every byte is the one that was written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sft_dist.files import read_json
+from sft_dist.rundir import RunDir
+from sft_dist.train.checkpoint import MANIFEST, damage, list_checkpoints, newest_complete, rotate, write_manifest
+
+FILES = {
+    "model.safetensors": bytes(range(256)) * 20,
+    "optimizer.pt": b"\x80\x02states" * 50,
+    "trainer_state.json": b'{"global_step": 5}',
+    "nested/shard-0/part.bin": b"\x00" * 64,
+    "empty.txt": b"",
+}
+
+
+def save(run: RunDir, step: int, *, manifest: bool = True) -> Path:
+    folder = run.checkpoints / f"checkpoint-{step}"
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    if manifest:
+        write_manifest(folder, step, {"plan": "cpu", "world_size": 1, "data": "abc", "dtype": "float32"})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def test_a_whole_checkpoint_verifies(run: RunDir) -> None:
+    folder = save(run, 5)
+    assert damage(folder) is None
+    manifest = read_json(folder / MANIFEST)
+    assert manifest["step"] == 5
+    assert manifest["data"] == "abc"
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {k: len(v) for k, v in FILES.items()}
+    assert newest_complete(run) == (folder, [])
+
+
+def test_a_manifest_written_again_holds_for_the_new_content(run: RunDir) -> None:
+    folder = save(run, 5)
+    (folder / "optimizer.pt").write_bytes(b"later")
+    assert damage(folder) is not None
+    write_manifest(folder, 5, {})
+    assert damage(folder) is None
+    assert MANIFEST not in read_json(folder / MANIFEST)["files"]
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\x00")
+
+
+@pytest.mark.parametrize("name", [name for name, content in FILES.items() if content])
+@pytest.mark.parametrize("harm", [remove, truncate, empty, flip, grow], ids=lambda harm: harm.__name__)
+def test_each_kind_of_damage_is_found_and_the_next_older_is_taken(run: RunDir, name: str, harm) -> None:
+    older, newer = save(run, 5), save(run, 10)
+    harm(newer / name)
+    problem = damage(newer)
+    assert problem is not None
+    assert name in problem
+    chosen, torn = newest_complete(run)
+    assert chosen == older
+    assert len(torn) == 1
+    assert "checkpoint-10" in torn[0]
+    assert name in torn[0]
+    assert [step for step, _ in list_checkpoints(run)] == [5]
+    aside = run.checkpoints / "torn-checkpoint-10"
+    assert aside.is_dir(), "what is damaged is set aside, not deleted"
+    assert newest_complete(run) == (older, []), "what is set aside is not reported again"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b'{"step": 10, "files": {"model.safe', b"\xff\xfe", b"null"])
+def test_a_checkpoint_without_a_whole_manifest_does_not_count(run: RunDir, content: bytes | None) -> None:
+    older, newer = save(run, 5), save(run, 10, manifest=False)
+    if content is not None:
+        (newer / MANIFEST).write_bytes(content)
+    problem = damage(newer)
+    assert problem is not None
+    assert MANIFEST in problem
+    assert newest_complete(run)[0] == older
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"step": 10}', b'{"files": []}', b'{"files": {"a": {}}}'])
+def test_a_manifest_of_another_shape_is_damage_and_no_crash(run: RunDir, content: bytes) -> None:
+    older, newer = save(run, 5), save(run, 10)
+    (newer / MANIFEST).write_bytes(content)
+    assert damage(newer) is not None
+    assert newest_complete(run)[0] == older
+
+
+def test_no_flipped_bit_in_the_manifest_crashes_the_resume(run: RunDir) -> None:
+    older, newer = save(run, 5), save(run, 10)
+    whole = (newer / MANIFEST).read_bytes()
+    for position in range(len(whole)):
+        content = bytearray(whole)
+        content[position] ^= 1
+        (newer / MANIFEST).write_bytes(content)
+        damage(newer)
+    chosen, _ = newest_complete(run)
+    assert chosen in (older, newer)
+
+
+def test_two_torn_ones_of_the_same_step_do_not_collide(run: RunDir) -> None:
+    older = save(run, 5)
+    for _ in range(2):
+        save(run, 10, manifest=False)
+        assert newest_complete(run)[0] == older
+
+
+def test_without_any_whole_checkpoint_there_is_none(run: RunDir) -> None:
+    assert newest_complete(run) == (None, [])
+    empty(save(run, 5) / "model.safetensors")
+    save(run, 10, manifest=False)
+    chosen, torn = newest_complete(run)
+    assert chosen is None
+    assert [line.split(":")[0] for line in torn] == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_the_newest_is_told_by_number_not_by_name_or_time(run: RunDir) -> None:
+    save(run, 100)
+    save(run, 20)
+    save(run, 9)
+    assert [step for step, _ in list_checkpoints(run)] == [100, 20, 9]
+    assert newest_complete(run)[0] == run.checkpoints / "checkpoint-100"
+
+
+def test_only_folders_named_like_checkpoints_are_looked_at(run: RunDir) -> None:
+    folder = save(run, 5)
+    shutil.copytree(folder, run.checkpoints / "checkpoint-7-copy")
+    shutil.copytree(folder, run.checkpoints / "tmp-checkpoint-9")
+    (run.checkpoints / "checkpoint-11").write_text("a file")
+    assert list_checkpoints(run) == [(5, folder)]
+
+
+def test_rotation_keeps_the_newest_complete_ones(run: RunDir) -> None:
+    for step in (5, 10, 15, 100):
+        save(run, step)
+    rotate(run, 2)
+    assert [step for step, _ in list_checkpoints(run)] == [100, 15]
+    rotate(run, 3)
+    assert [step for step, _ in list_checkpoints(run)] == [100, 15]
+
+
+def test_rotation_neither_counts_nor_removes_what_is_not_complete(run: RunDir) -> None:
+    for step in (5, 10):
+        save(run, step)
+    save(run, 15, manifest=False)
+    rotate(run, 2)
+    assert [step for step, _ in list_checkpoints(run)] == [15, 10, 5]
+    save(run, 20)
+    rotate(run, 2)
+    assert [step for step, _ in list_checkpoints(run)] == [20, 15, 10]
+
+
+def test_the_manifest_of_a_save_is_readable_json(run: RunDir) -> None:
+    text = (save(run, 5) / MANIFEST).read_text(encoding="utf-8")
+    assert json.loads(text)["files"]["trainer_state.json"]["bytes"] == len(FILES["trainer_state.json"])
