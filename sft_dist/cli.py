@@ -13,6 +13,7 @@ import typer
 
 from sft_dist.cli_data import ConfigArgument, Overrides, data_app, load
 from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from sft_dist.rundir import RunDir
@@ -39,7 +40,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the versions and exit.")] = False,
 ) -> None:
     """One supervised fine-tuning run, from a laptop's CPU to a SLURM job, from the same YAML."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     context.obj = {"debug": debug}
     if debug:
         os.environ["SFT_DIST_DEBUG"] = "1"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from sft_dist.config.schema import DataFormat, SourceConfig
 from sft_dist.data.formats import Example, detect_format, parse_row
+from sft_dist.data.hub import prefer_cache_without_network
 from sft_dist.data.mix import mix
 from sft_dist.data.tickets import tickets
 from sft_dist.errors import ConfigError, DataError
@@ -178,6 +179,7 @@ def _not_json(error: Exception) -> str:
 
 
 def _hub_rows(source: SourceConfig, name: str) -> Iterator[Row]:
+    prefer_cache_without_network()
     import datasets
 
     try:

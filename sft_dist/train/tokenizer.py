@@ -9,6 +9,7 @@ from sft_dist.config.schema import ModelConfig
 from sft_dist.data.template import ChatTemplate, choose_template, end_of_turn
 from sft_dist.errors import PreflightError
 from sft_dist.train.pretrained import resolve_model
+from sft_dist.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
     """
     from transformers import AutoTokenizer
 
+    quiet_libraries()
     source = resolve_model(model.tokenizer or model.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

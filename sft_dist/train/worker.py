@@ -13,7 +13,7 @@ from typing import Any
 from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, RunStopped
-from sft_dist.files import publish_dir, read_json, utc_now, write_json
+from sft_dist.files import read_json, write_json
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, resolve
 from sft_dist.rundir import RunDir
@@ -36,6 +36,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
     from sft_dist.train.callbacks import RunRecorder, trackers
     from sft_dist.train.model import load_model
     from sft_dist.train.pretrained import cache_root
+    from sft_dist.train.publish import publish_model
     from sft_dist.train.tokenizer import load_tokenizer
     from sft_dist.train.trainer import build_trainer
 
@@ -56,13 +57,13 @@ def train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
         current.facts.update(first_step=recorder.first_step, last_step=step)
         if step < trainer.state.max_steps:
             raise RunStopped(f"stopped by {current.stop.reason} at step {step}, saved as checkpoint-{step}")
-        publish_model(run, trainer.model, tokens.tokenizer)
+        publish_model(run, config, trainer.model, tokens.tokenizer)
 
 
 def resolve_here(config: Config, run: RunDir) -> Resolved:
     """Decide every `auto`, record the decisions in env.json, and settle threads and the visible GPU.
 
-    Must run before torch is imported: the number of visible GPUs is read once.
+    Must run before torch is imported: it reads the visible GPUs and the threads' settings once.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -74,6 +75,10 @@ def resolve_here(config: Config, run: RunDir) -> Resolved:
     if resolved.plan == "single":
         # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads of libgomp that wait for each other spin; with another process on the same cores they spin away each
+        # other's time. A short spin costs nothing alone and is 16 times as fast then (docs/decisions.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
 
     from sft_dist.train.quiet import quiet_libraries
@@ -85,28 +90,6 @@ def resolve_here(config: Config, run: RunDir) -> Resolved:
     for line in resolved.decisions:
         log.info("%s", line)
     return resolved
-
-
-def publish_model(run: RunDir, model: Any, tokenizer: Any) -> None:
-    """Write the final weights and tokenizer, read them back, compare, and publish them as model/ with DONE."""
-    import torch
-    from safetensors.torch import load_file
-
-    if run.model.is_dir():
-        raise CheckpointError(
-            f"{run.model} exists already", hint="it is a finished run: sft-dist evaluate, chat or report"
-        )
-    with publish_dir(run.model) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        written: dict[str, torch.Tensor] = {}
-        for path in sorted(staged.glob("*.safetensors")):
-            written |= load_file(path)
-        for name, tensor in model.state_dict().items():
-            # A tied tensor is stored once, under one of its names.
-            if name in written and not torch.equal(written[name], tensor.cpu()):
-                raise CheckpointError(f"{name} read back from the final model differs from what was trained")
-        (staged / "DONE").write_text(utc_now() + "\n", encoding="utf-8")
 
 
 def summary(ledger: dict[str, Any]) -> str:

@@ -149,20 +149,6 @@ def test_a_padded_batch_is_refused() -> None:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
-def test_a_padded_row_alone_is_refused_too() -> None:
-    model = model_of("llama", NAME).eval()
-    ids = documents()[2]["input_ids"]
-    padded = torch.tensor([[0, 0, 0, *ids]])
-    mask = torch.tensor([[0, 0, 0, *[1] * len(ids)]])
-    with torch.no_grad():
-        alone = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        try:
-            found = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[0, 3:]
-        except RuntimeError:
-            return
-    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
-
-
 def test_a_sliding_window_shorter_than_the_row_is_refused() -> None:
     register()
     config = MistralConfig(**SIZES, sliding_window=8)

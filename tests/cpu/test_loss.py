@@ -36,7 +36,7 @@ def llama(*, tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
 
 
-def batch(rows: int = 3, length: int = 23, share: float = 0.4) -> dict[str, torch.Tensor]:
+def batch(rows: int = 4, length: int = 23, share: float = 0.5) -> dict[str, torch.Tensor]:
     """A padded batch in which about `share` of the positions are trained."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 101, (rows, length), generator=generator)
