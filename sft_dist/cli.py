@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sft_dist.cli_data import ConfigArgument, Overrides, data_app, load
+from sft_dist.cli_data import TAKES_OVERRIDES, ConfigArgument, Overrides, data_app, load
 from sft_dist.errors import ConfigError, SftDistError
 from sft_dist.logs import log_to_stderr
 
@@ -35,15 +36,11 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 
 @app.callback(invoke_without_command=True)
 def root(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks for every error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the versions and exit.")] = False,
 ) -> None:
     """One supervised fine-tuning run, from a laptop's CPU to a SLURM job, from the same YAML."""
     log_to_stderr()
-    context.obj = {"debug": debug}
-    if debug:
-        os.environ["SFT_DIST_DEBUG"] = "1"
     if version:
         from sft_dist.train.environment import versions
 
@@ -79,7 +76,7 @@ def init(
     print(path)
 
 
-@app.command()
+@app.command(context_settings=TAKES_OVERRIDES)
 def config(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -99,12 +96,17 @@ def config(
         print(loaded.config.model_dump_json(indent=2))
     elif explain:
         for path, value, origin, doc in explained(loaded):
-            print(f"{path} = {value}   [{origin}]\n    {doc}")
+            print(f"{path} = {json.dumps(value, ensure_ascii=False)}   [{origin}]\n    {doc}")
     else:
         print(write_config(loaded.config), end="")
-    if not as_json:
-        for line in resolve(loaded.config, this_machine()).decisions:
-            print(f"# here: {line}")
+    if as_json:
+        return
+    try:
+        lines = resolve(loaded.config, this_machine()).decisions
+    except ConfigError as error:
+        lines = (f"this machine cannot run it: {error.message}",)
+    for line in lines:
+        print(f"# here: {line}")
 
 
 @app.command()
@@ -115,7 +117,7 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-@app.command()
+@app.command(context_settings=TAKES_OVERRIDES)
 def train(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -137,7 +139,7 @@ def resume(run: RunArgument) -> None:
     from sft_dist.stages import run_here
 
     found = find_run(run)
-    if found.read_status().get("state") == "done":
+    if found.read_status().get("state") == "done" and (found.model / "DONE").is_file():
         raise ConfigError(f"run {found.name} is done", hint=f"see it with: sft-dist report {run}")
     run_here(found)
     _show_result(found)
@@ -160,7 +162,7 @@ def evaluate(
     settings = load_run_config(found.config)
     if not wants_evaluation(settings):
         raise ConfigError(f"run {found.name} has neither evaluate.questions nor evaluate.data, so nothing to ask")
-    evaluate_here(settings, found, resolve_here(settings, found), "before" if before else "after")
+    evaluate_here(settings, found, resolve_here(settings), "before" if before else "after")
     report_here(found)
     _show_result(found, as_json=as_json)
 
@@ -173,14 +175,16 @@ def chat(run: RunArgument) -> None:
 
     found = find_run(run)
     settings = load_run_config(found.config)
+    from sft_dist.train.worker import resolve_here
+
+    resolved = resolve_here(settings)
     from transformers import TextStreamer
 
     from sft_dist.evaluate.chat import HELP
     from sft_dist.evaluate.chat import chat as talk
     from sft_dist.evaluate.compare import load_for
-    from sft_dist.train.worker import resolve_here
 
-    loaded = load_for(settings, found, resolve_here(settings, found), "after")
+    loaded = load_for(settings, found, resolved, "after")
     print(HELP, file=sys.stderr)
     prompt = "> " if sys.stdin.isatty() else ""
     talk(
@@ -188,6 +192,7 @@ def chat(run: RunArgument) -> None:
         loaded,
         lambda: input(prompt),
         TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        lambda line: print(line, file=sys.stderr),
     )
 
 
@@ -204,24 +209,29 @@ def report(run: RunArgument) -> None:
 
 def main() -> None:
     """The console script: turns exceptions into one clear screen and an exit status."""
-    import click
-
-    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if len(arguments) != len(sys.argv) - 1:
+        os.environ["SFT_DIST_DEBUG"] = "1"
     try:
-        status = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        status = 130
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except SftDistError as error:
-        if debug:
+        app(args=arguments)  # usage errors and --help end here, with typer's own message and status
+    except (SftDistError, OSError) as error:
+        if os.environ.get("SFT_DIST_DEBUG"):
             raise
-        sys.stderr.write(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}\n")
-        status = error.exit_code
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status or 0)
+        sys.stderr.write(_explained(error))
+        sys.exit(error.exit_code if isinstance(error, SftDistError) else 1)
+
+
+def _explained(error: SftDistError | OSError) -> str:
+    """What went wrong and what to do, as text for the terminal."""
+    if isinstance(error, SftDistError):
+        return f"{error}\n" if error.exit_code == 75 else f"error: {error}\n"
+    where = f"{error.filename}: " if error.filename else ""
+    hint = (
+        "free some space, or put runs and cache elsewhere: run.dir=..., SFT_DIST_CACHE=..."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else "check the path and its permissions; add --debug for where it happened"
+    )
+    return f"error: {where}{error.strerror or error}\n  {hint}\n"
 
 
 def _show_result(run: RunDir, *, as_json: bool = False) -> None:

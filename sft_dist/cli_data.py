@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(help="Make, look at and prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 
+# An unknown option is passed on to the loader, which says how a config field is written.
+TAKES_OVERRIDES = {"ignore_unknown_options": True}
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config fields, values as YAML.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Config fields, values as YAML.")]
 
 
 @data_app.command("make")
@@ -30,7 +32,7 @@ def data_make(
     typer.echo(write_task(task, rows, seed, output))
 
 
-@data_app.command("preview")
+@data_app.command("preview", context_settings=TAKES_OVERRIDES)
 def data_preview(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -47,7 +49,7 @@ def data_preview(
         console.print(renderable)
 
 
-@data_app.command("prepare")
+@data_app.command("prepare", context_settings=TAKES_OVERRIDES)
 def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
     from sft_dist.stages import prepare_here

@@ -6,11 +6,16 @@ import logging
 import sys
 
 
+class _Stderr(logging.Handler):
+    """Writes to what sys.stderr is at the moment, so that a progress bar can put the lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def log_to_stderr() -> None:
     """Plain lines on stderr from this package only: the libraries have handlers of their own."""
     logger = logging.getLogger("sft_dist")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Stderr())
     logger.setLevel(logging.INFO)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.errors import ConfigError
 from sft_dist.files import read_json, utc_now, write_json
 
 STATES = ("queued", "running", "stopped", "failed", "done")
@@ -108,22 +108,33 @@ def runs_root(configured: str | None = None) -> Path:
     return Path(configured or os.environ.get("SFT_DIST_RUNS") or "runs").expanduser()
 
 
-def create_run(root: Path, name: str, *, overwrite: bool = False) -> RunDir:
-    """Make `root/name` and return it; a folder that already holds a run is refused, or replaced if `overwrite`."""
+def refuse_existing(root: Path, name: str) -> None:
+    """Raise ConfigError, with the choices that there are, if `root/name` already holds anything."""
     check_run_name(name)
     run = RunDir(root / name)
-    if run.path.exists() and any(run.path.iterdir()):
-        if not overwrite:
-            state = run.read_status().get("state", "unknown")
-            raise ConfigError(
-                f"the run directory {run.path} already exists (state: {state}) and is never overwritten by accident",
-                problems=[
-                    f"go on with it       sft-dist resume {run.path}",
-                    "keep both           add run.name=ANOTHER_NAME",
-                    "replace it          add --overwrite (the old run is deleted)",
-                ],
-            )
-        _delete_run(run)
+    if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
+        return
+    if not run.config.is_file():
+        raise ConfigError(
+            f"{run.path} exists and is not a run of sft-dist (it has no config.yaml)",
+            hint="add run.name=ANOTHER_NAME, or move it away",
+        )
+    state = run.read_status().get("state", "unknown")
+    choices = ["keep both      add run.name=ANOTHER_NAME", "replace it     add --overwrite (the old run is deleted)"]
+    if state != "done":
+        choices.insert(0, f"go on with it  sft-dist resume {run.path}")
+    raise ConfigError(
+        f"the run directory {run.path} already exists (state: {state}) and is never overwritten by accident",
+        problems=choices,
+    )
+
+
+def create_run(root: Path, name: str, *, overwrite: bool = False) -> RunDir:
+    """Make `root/name` and return it; a folder that already holds a run is refused, or replaced if `overwrite`."""
+    run = RunDir(root / name)
+    if overwrite and run.config.is_file():
+        shutil.rmtree(run.path)
+    refuse_existing(root, name)
     run.path.mkdir(parents=True, exist_ok=True)
     return run
 
@@ -149,12 +160,3 @@ def check_run_name(name: str) -> None:
             f"run.name {name!r} cannot be a folder name",
             hint="use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 120 characters",
         )
-
-
-def _delete_run(run: RunDir) -> None:
-    if not run.config.is_file():
-        raise SftDistError(
-            f"{run.path} holds files but no config.yaml, so it is not a run of sft-dist; it was left as it is",
-            hint="choose another run.name, or move that folder away",
-        )
-    shutil.rmtree(run.path)

@@ -10,18 +10,40 @@ from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.files import write_json, write_text
 from sft_dist.parallel.resolve import Resolved
-from sft_dist.rundir import RunDir, create_run, runs_root
+from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
 
 log = logging.getLogger(__name__)
 
 
 def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
-    """Create the run directory of a loaded config; an existing one is refused unless `overwrite`."""
-    run = create_run(runs_root(loaded.config.run.dir), str(loaded.config.run.name), overwrite=overwrite)
+    """Create the run directory of a loaded config, once its rows, tokenizer and plan are known to be usable here.
+
+    An existing run is refused unless `overwrite`; neither a new directory nor a deleted one is left behind by a
+    config that cannot run.
+    """
+    config = loaded.config
+    root, name = runs_root(config.run.dir), str(config.run.name)
+    if not overwrite:
+        refuse_existing(root, name)
+    prove_here(config)
+    run = create_run(root, name, overwrite=overwrite)
     write_json(run.provenance, loaded.provenance)
-    write_text(run.config, write_config(loaded.config))
+    write_text(run.config, write_config(config))
     run.write_status(state="queued", step=0, attempt=0)
     return run
+
+
+def prove_here(config: Config) -> None:
+    """Resolve the plan, load the tokenizer, prepare the rows and read the held-out ones: seconds, not minutes.
+
+    Raises ConfigError, PreflightError or DataError, as the run would later.
+    """
+    from sft_dist.evaluate.compare import held_out_rows
+    from sft_dist.train.worker import resolve_here
+
+    resolve_here(config)
+    prepare_here(config)
+    held_out_rows(config)
 
 
 def run_here(run: RunDir) -> None:
@@ -30,11 +52,12 @@ def run_here(run: RunDir) -> None:
     Raises RunStopped when asked to stop, with what is done kept; any other failure is on record in status.json.
     """
     from sft_dist.train.attempt import attempt
-    from sft_dist.train.worker import resolve_here, train
+    from sft_dist.train.worker import record_environment, resolve_here, train
 
     config = load_run_config(run.config)
     with attempt(run) as current:
-        resolved = resolve_here(config, run)
+        resolved = resolve_here(config)
+        record_environment(run, resolved)
         if config.evaluate.before and not (run.eval / "before.jsonl").is_file():
             evaluate_here(config, run, resolved, "before")
         if not (run.model / "DONE").is_file():
@@ -50,8 +73,9 @@ def evaluate_here(config: Config, run: RunDir, resolved: Resolved, when: Literal
 
     if not wants_evaluation(config):
         return
+    loaded = load_for(config, run, resolved, when)
     log.info("asking the %s model", "base" if when == "before" else "tuned")
-    evaluate_model(config, run, load_for(config, run, resolved, when), when)
+    evaluate_model(config, run, loaded, when)
 
 
 def prepare_here(config: Config) -> dict[str, Any]:

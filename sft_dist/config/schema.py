@@ -211,7 +211,7 @@ class EvaluateConfig(Section):
 class TrackingConfig(Section):
     """Where metrics go besides the run directory."""
 
-    report_to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Trackers; one that fails never stops the training."""
     project: str = "sft-dist"
     """Project in the tracker."""

@@ -125,13 +125,13 @@ def _tokenize_split(
             yield {"input_ids": row.input_ids, "labels": row.labels}
 
     features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-    dataset = Dataset.from_list(list(rows()), features=features)
-    if not counts["rows"]:
+    usable = list(rows())
+    if not usable:
         raise DataError(
             f"none of the {len(examples)} rows has an answer within data.max_length {data.max_length} tokens",
             hint="raise data.max_length; `sft-dist data preview` shows how long the rows are",
         )
-    return dataset, counts
+    return Dataset.from_list(usable, features=features), counts
 
 
 def _key(

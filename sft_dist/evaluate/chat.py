@@ -15,10 +15,11 @@ from sft_dist.evaluate.generate import settings as generation_settings
 HELP = "type a message; /reset forgets the conversation, /exit or Ctrl-D ends"
 
 
-def chat(config: Config, loaded: Loaded, read: Callable[[], str], streamer: Any) -> None:
+def chat(config: Config, loaded: Loaded, read: Callable[[], str], streamer: Any, note: Callable[[str], None]) -> None:
     """Answer what `read` returns, turn by turn, until it raises EOFError or returns /exit.
 
-    Answers are streamed to `streamer` (a transformers TextStreamer) and kept as context for the next turn.
+    Answers are streamed to `streamer` (a transformers TextStreamer) and kept as context for the next turn; an unknown
+    command gets the help through `note`.
     """
     system = config.evaluate.system or config.data.system
     opening = [{"role": "system", "content": system}] if system else []
@@ -28,10 +29,12 @@ def chat(config: Config, loaded: Loaded, read: Callable[[], str], streamer: Any)
             text = read().strip()
         except EOFError:
             return
-        if text == "/exit":
+        if text in ("/exit", "/quit"):
             return
         if text == "/reset":
             messages = list(opening)
+        elif text.startswith("/"):
+            note(HELP)
         elif text:
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": _answer(config, loaded, messages, streamer)})

@@ -61,7 +61,7 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
 def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> dict[str, Any] | None:
     """Write eval/WHEN.jsonl and the model's part of scores.json; returns that part, None if nothing is scored."""
     started = time.monotonic()
-    held_out = _held_out(config)
+    held_out = held_out_rows(config)
     rows = _ask(config, loaded)
     rows += _score(config, loaded, held_out) if held_out else []
     write_jsonl(run.eval / f"{when}.jsonl", rows)
@@ -83,7 +83,8 @@ def wants_evaluation(config: Config) -> bool:
     return bool(config.evaluate.questions) or config.evaluate.data is not None
 
 
-def _held_out(config: Config) -> list[Example]:
+def held_out_rows(config: Config) -> list[Example]:
+    """The rows to score, [] if there are none. Raises DataError for one whose answer is not among the labels."""
     source = config.evaluate.data
     if source is None:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,11 @@ SHOWN_AT_THE_END = 4
 MAX_CHARACTERS = 300
 
 
-def scores_table(scores: dict[str, Any]) -> Table:
-    """scores.json as a table: all rows, then each category; before, after and the change in percentage points."""
+def scores_table(scores: dict[str, Any], *, change: bool = True) -> Table:
+    """scores.json as a table: all rows, then each category; before, after and the change in percentage points.
+
+    Without `change` it fits into 60 columns; numbers are never cut.
+    """
     from rich.table import Table
 
     metrics, rows = score_rows(scores)
@@ -32,9 +36,14 @@ def scores_table(scores: dict[str, Any]) -> Table:
     for metric in metrics:
         table.add_column(f"{metric}\nbefore", justify="right")
         table.add_column("\nafter", justify="right")
-        table.add_column("\nchange", justify="right")
+        if change:
+            table.add_column("\nchange", justify="right", no_wrap=True)
     for place, row in enumerate(rows):
-        cells = [cell for was, now in row.pairs for cell in (percent(was), percent(now), points(was, now))]
+        cells = [
+            cell
+            for was, now in row.pairs
+            for cell in (percent(was), percent(now), *([points(was, now)] if change else []))
+        ]
         table.add_row(_safe(row.name), plain(row.n), *cells, style="bold" if place == 0 else "", end_section=place == 0)
     return table
 
@@ -44,7 +53,8 @@ def result_tables(run: RunDir) -> list[Table]:
     before, after = (read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after"))
     scores = read_json(run.scores)
     tables = [answers_table(before, after, limit=SHOWN_AT_THE_END)] if before or after else []
-    return [*tables, scores_table(scores)] if scores else tables
+    wide = shutil.get_terminal_size().columns >= 100
+    return [*tables, scores_table(scores, change=wide)] if scores else tables
 
 
 def answers_table(

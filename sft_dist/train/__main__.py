@@ -31,11 +31,13 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         from sft_dist.train.attempt import attempt
-        from sft_dist.train.worker import resolve_here, train
+        from sft_dist.train.worker import record_environment, resolve_here, train
 
         run = open_run(arguments[0])
         with attempt(run) as current:
-            train(run, current, resolve_here(load_run_config(run.config), run))
+            resolved = resolve_here(load_run_config(run.config))
+            record_environment(run, resolved)
+            train(run, current, resolved)
     except SftDistError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -41,15 +41,18 @@ def attempt(run: RunDir) -> Iterator[Attempt]:
             yield current
         except (RunStopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, RunStopped) else RunStopped("interrupted twice, without a save")
-            stopped.hint = stopped.hint or f"sft-dist resume {run.path}"
+            stopped.hint = stopped.hint or f"go on with: sft-dist resume {run.path}"
             state, reason = "stopped", stopped.message
             raise stopped from None
         except BaseException as error:
             state, reason = "failed", _one_line(error)
             raise
         finally:
-            append_jsonl(run.attempts, {**start, "end": utc_now(), **current.facts, "ended": state, "reason": reason})
-            run.write_status(state=state, reason=reason)
+            line = {**start, "end": utc_now(), **current.facts, "ended": state, "reason": reason}
+            # On a full disk the record cannot be written either; the failure itself is what the user must see.
+            with contextlib.suppress(OSError) if state == "failed" else contextlib.nullcontext():
+                append_jsonl(run.attempts, line)
+                run.write_status(state=state, reason=reason)
 
 
 def _one_line(error: BaseException) -> str:

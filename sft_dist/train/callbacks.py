@@ -52,11 +52,18 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.progress.step(state.global_step)
         if self.stop.reason and not control.should_training_stop:
             log.warning("%s at step %d: saving a checkpoint, then stopping", self.stop.reason, state.global_step)
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_log = control.should_training_stop = True
         now = time.monotonic()
         if now - self._status_time >= STATUS_EVERY_S:
             self._status_time = now
             self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A stopping run has saved already; what is due at the end of an epoch would only cost its last minutes."""
+        if self.stop.reason and control.should_training_stop:
+            control.should_evaluate = control.should_save = False
 
     def on_log(
         self,
@@ -132,7 +139,6 @@ def trackers(config: Config, run: RunDir) -> list[TrainerCallback]:
         "WANDB_DIR": str(run.logs),
         "WANDB_NAME": run.name,
         "TENSORBOARD_LOGGING_DIR": str(run.logs / "tensorboard"),
-        "TRACKIO_PROJECT": config.tracking.project,
         **({"WANDB_MODE": config.tracking.wandb_mode} if config.tracking.wandb_mode else {}),
     }
     for name, value in defaults.items():

@@ -38,6 +38,11 @@ def resolve_model(name: str) -> str:
     if not name.startswith(EMBEDDED):
         if Path(name).expanduser().is_dir():
             return str(Path(name).expanduser())
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise PreflightError(
+                f"there is no model directory {name}",
+                hint="set model.name to a directory that is there, or to a Hub id",
+            )
         prefer_cache_without_network()
         return name
     key = name.removeprefix(EMBEDDED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ class Progress:
 
         self._first, self._last, self._started = step, max_steps, time.monotonic()
         console = Console(stderr=True)
-        if console.is_terminal and not console.is_dumb_terminal:
+        if console.is_terminal and not console.is_dumb_terminal and not os.environ.get("NO_COLOR"):
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
             self._task = self._bar.add_task("train", total=max_steps, completed=step, shown="")

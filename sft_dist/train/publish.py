@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ def publish_model(run: RunDir, config: Config, model: PreTrainedModel, tokenizer
 
     Raises CheckpointError if what was written is not what was trained.
     """
+    if run.model.exists():  # without DONE it does not count; the caller has looked
+        shutil.rmtree(run.model)
     with publish_dir(run.model) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as builtin_logging
 import os
 import warnings
 
@@ -14,4 +15,10 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     # TRL 1.16 itself sets the old name, which transformers 5.17 still needs; can go with transformers 6.
+    builtin_logging.getLogger("transformers.trainer").addFilter(_not_about_tied_heads)
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _not_about_tied_heads(record: builtin_logging.LogRecord) -> bool:
+    """A tied head is stored once, under the embedding's name; on resume transformers reports it as missing."""
+    return "missing keys in the checkpoint model loaded: ['lm_head.weight']" not in record.getMessage()

@@ -31,6 +31,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.one_pass = loss.supports(self.model)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL's card would go beside the checkpoints; ours is published with the model."""
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -60,8 +60,8 @@ def train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
         publish_model(run, config, trainer.model, tokens.tokenizer)
 
 
-def resolve_here(config: Config, run: RunDir) -> Resolved:
-    """Decide every `auto`, record the decisions in env.json, and settle threads and the visible GPU.
+def resolve_here(config: Config) -> Resolved:
+    """Decide every `auto` on this machine, and settle its threads and visible GPU for this process.
 
     Must run before torch is imported: it reads the visible GPUs and the threads' settings once.
     """
@@ -70,8 +70,7 @@ def resolve_here(config: Config, run: RunDir) -> Resolved:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but parallel.plan {config.parallel.plan!r} is one process",
             hint="start it with `sft-dist train CONFIG` or `python -m sft_dist.train CONFIG`",
         )
-    machine = this_machine()
-    resolved = resolve(config, machine)
+    resolved = resolve(config, this_machine())
     if resolved.plan == "single":
         # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -86,10 +85,14 @@ def resolve_here(config: Config, run: RunDir) -> Resolved:
     quiet_libraries()
     if resolved.plan == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(resolved.num_threads)
-    write_json(run.env, environment(machine, resolved))
+    return resolved
+
+
+def record_environment(run: RunDir, resolved: Resolved) -> None:
+    """Write env.json and log what `auto` was decided to be."""
+    write_json(run.env, environment(this_machine(), resolved))
     for line in resolved.decisions:
         log.info("%s", line)
-    return resolved
 
 
 def summary(ledger: dict[str, Any]) -> str:

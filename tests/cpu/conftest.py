@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,20 @@ from sft_dist.rundir import RunDir
 
 NewRun = Callable[..., RunDir]
 CallCli = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def no_handler_of_an_earlier_test() -> Iterator[None]:
+    """The command line's log handler keeps the stderr of its process, which in tests is each test's own."""
+    yield
+    logging.getLogger("sft_dist").handlers.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_foreign_log_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run sets this variable for its process if nobody has; the next test's run must not inherit it."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
 
 
 @pytest.fixture

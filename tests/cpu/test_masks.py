@@ -505,7 +505,7 @@ def test_rows_that_are_all_cut_off_are_a_data_error(tiny_tokens: Callable[..., R
     file = write_rows(tmp_path / "rows.jsonl", message_row("why " * 90, "because"))
     with pytest.raises(DataError, match=r"none of the 1 rows has an answer within data\.max_length 64 tokens"):
         prepared(config_for(file), tiny_tokens(), tmp_path)
-    assert not [path for path in (tmp_path / "cache" / "data").iterdir()], "a failed preparation left something behind"
+    assert not list((tmp_path / "cache" / "data").iterdir()), "a failed preparation left something behind"
 
 
 def test_an_answer_that_tokenises_to_nothing_is_refused_or_dropped(

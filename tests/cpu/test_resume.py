@@ -31,7 +31,7 @@ INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 # 24 rows, 8 a step in two micro batches, three epochs: nine steps, the epochs end with steps 3, 6 and 9.
 SMALL = (
-    "data.train.rows=24",
+    "data.train.sample=24",
     "data.eval_size=0",
     "train.eval_strategy=no",
     "train.max_steps=null",
@@ -270,7 +270,7 @@ def test_a_stop_saves_once_and_does_not_evaluate(
     monkeypatch.setattr(
         callbacks, "write_manifest", lambda folder, *rest: (manifests.append(folder.name), write(folder, *rest))
     )
-    epochs = ("checkpoint.save_strategy=epoch", "train.eval_strategy=epoch", "data.eval_size=8", "data.train.rows=32")
+    epochs = ("checkpoint.save_strategy=epoch", "train.eval_strategy=epoch", "data.eval_size=8", "data.train.sample=32")
     run = new_run(*SMALL, *epochs)
     signal_at(1, TERM)
     with pytest.raises(RunStopped):

@@ -24,7 +24,7 @@ SignalAt = Callable[..., None]
 
 # 24 rows, 8 a step in two micro batches, three epochs: nine steps, the epochs end with steps 3, 6 and 9.
 SMALL = (
-    "data.train.rows=24",
+    "data.train.sample=24",
     "data.eval_size=0",
     "train.eval_strategy=no",
     "train.max_steps=null",
