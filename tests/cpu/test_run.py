@@ -150,10 +150,11 @@ def test_the_worker_leaves_a_done_run_alone(new_run: NewRun) -> None:
 
     run = new_run(*SMALL, "train.max_steps=2")
     assert main([str(run.path)]) == 0
-    first = (run.model / "model.safetensors").read_bytes()
+    kept = [run.model / "model.safetensors", run.model / "DONE", run.metrics]
+    before = [path.read_bytes() for path in kept]
     main([str(run.path)])
     assert run.read_status()["state"] == "done", "a second start turned a finished run into a failed one"
-    assert (run.model / "model.safetensors").read_bytes() == first
+    assert [path.read_bytes() for path in kept] == before, "a finished run was trained again"
 
 
 def test_the_worker_gives_the_exit_status_of_the_error(new_run: NewRun, tmp_path: Path, signal_at: SignalAt) -> None:

@@ -62,7 +62,7 @@ def test_one_line_says_what_was_set_and_what_it_should_be(section, field, value,
 def test_an_item_of_a_list_is_named_by_its_place():
     assert lines({"evaluate": {"labels": ["a", 1]}, "tracking": {"report_to": ["wandb", "foo"]}}) == [
         "evaluate.labels[1]   1 is not text; put quotes around it",
-        "tracking.report_to[1]   'foo' is not one of wandb, tensorboard, trackio",
+        "tracking.report_to[1]   'foo' is not one of wandb, tensorboard",
     ]
 
 
