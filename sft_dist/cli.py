@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sft_dist.cli_data import TAKES_OVERRIDES, ConfigArgument, Overrides, data_app, load
-from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
 from sft_dist.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -217,21 +216,8 @@ def main() -> None:
     except (SftDistError, OSError) as error:
         if os.environ.get("SFT_DIST_DEBUG"):
             raise
-        sys.stderr.write(_explained(error))
-        sys.exit(error.exit_code if isinstance(error, SftDistError) else 1)
-
-
-def _explained(error: SftDistError | OSError) -> str:
-    """What went wrong and what to do, as text for the terminal."""
-    if isinstance(error, SftDistError):
-        return f"{error}\n" if error.exit_code == 75 else f"error: {error}\n"
-    where = f"{error.filename}: " if error.filename else ""
-    hint = (
-        "free some space, or put runs and cache elsewhere: run.dir=..., SFT_DIST_CACHE=..."
-        if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else "check the path and its permissions; add --debug for where it happened"
-    )
-    return f"error: {where}{error.strerror or error}\n  {hint}\n"
+        sys.stderr.write(explained(error))
+        sys.exit(exit_status(error))
 
 
 def _show_result(run: RunDir, *, as_json: bool = False) -> None:

@@ -12,6 +12,7 @@ The library raises; only `sft_dist.cli` turns an exception into an exit status.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -64,3 +65,21 @@ class RunStopped(SftDistError):
     """The run was asked to stop and did, with a checkpoint to resume from."""
 
     exit_code = 75
+
+
+def exit_status(error: SftDistError | OSError) -> int:
+    """The exit status of a process that ends with `error`."""
+    return error.exit_code if isinstance(error, SftDistError) else 1
+
+
+def explained(error: SftDistError | OSError) -> str:
+    """What went wrong and what to do, as lines for the terminal."""
+    if isinstance(error, SftDistError):
+        return f"{error}\n" if isinstance(error, RunStopped) else f"error: {error}\n"
+    where = f"{error.filename}: " if error.filename else ""
+    hint = (
+        "free some space, or put runs and cache elsewhere: run.dir=..., SFT_DIST_CACHE=..."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else "check the path and its permissions; add --debug for where it happened"
+    )
+    return f"error: {where}{error.strerror or error}\n  {hint}\n"

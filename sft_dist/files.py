@@ -79,7 +79,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: an answer may hold U+2028
+    for line in path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    ):  # not splitlines: an answer may hold U+2028
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows

@@ -6,6 +6,7 @@ runs/NAME/
   attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
   data/ledger.json                           rows and tokens in, dropped and why
   checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
+  eval/held_out.jsonl                        the rows that both models are scored on
   eval/before.jsonl  eval/after.jsonl  scores.json
   model/                                     final weights, tokenizer, model card, DONE
   report.html  loss.png  logs/
@@ -13,9 +14,13 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +78,10 @@ class RunDir:
         return self.path / "eval"
 
     @property
+    def held_out(self) -> Path:
+        return self.path / "eval" / "held_out.jsonl"
+
+    @property
     def scores(self) -> Path:
         return self.path / "scores.json"
 
@@ -91,6 +100,27 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; ConfigError if another one holds it. The lock ends with its process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise ConfigError(
+                    f"run {self.name} is being worked on by another process ({stream.read().strip() or 'unknown'})",
+                    hint="wait for it, stop it, or choose another run.name",
+                ) from None
+            except OSError:  # a filesystem without locks: nothing to hold on to
+                yield
+                return
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+            yield
 
     def read_status(self) -> dict[str, Any]:
         """The content of status.json, {} before the first write."""
@@ -133,7 +163,8 @@ def create_run(root: Path, name: str, *, overwrite: bool = False) -> RunDir:
     """Make `root/name` and return it; a folder that already holds a run is refused, or replaced if `overwrite`."""
     run = RunDir(root / name)
     if overwrite and run.config.is_file():
-        shutil.rmtree(run.path)
+        with run.locked():
+            shutil.rmtree(run.path)
     refuse_existing(root, name)
     run.path.mkdir(parents=True, exist_ok=True)
     return run

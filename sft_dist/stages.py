@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
 from sft_dist.config.schema import Config
@@ -12,11 +12,14 @@ from sft_dist.files import write_json, write_text
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
 
+if TYPE_CHECKING:
+    from sft_dist.data.formats import Example
+
 log = logging.getLogger(__name__)
 
 
 def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
-    """Create the run directory of a loaded config, once its rows, tokenizer and plan are known to be usable here.
+    """Create the run directory of a loaded config, once it is known that it can be trained here.
 
     An existing run is refused unless `overwrite`; neither a new directory nor a deleted one is left behind by a
     config that cannot run.
@@ -25,25 +28,39 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
     root, name = runs_root(config.run.dir), str(config.run.name)
     if not overwrite:
         refuse_existing(root, name)
-    prove_here(config)
+    if loaded.provenance.get("data.train.task") == "default":
+        raise ConfigError("data.train is not set", hint="set it to a JSONL file, a dataset's name or {task: tickets}")
+    from sft_dist.evaluate.compare import write_held_out
+
+    held_out = prove_here(config, RunDir(root / name))
     run = create_run(root, name, overwrite=overwrite)
     write_json(run.provenance, loaded.provenance)
-    write_text(run.config, write_config(config))
+    write_held_out(run, held_out)
     run.write_status(state="queued", step=0, attempt=0)
+    write_text(run.config, write_config(config))
     return run
 
 
-def prove_here(config: Config) -> None:
-    """Resolve the plan, load the tokenizer, prepare the rows and read the held-out ones: seconds, not minutes.
+def prove_here(config: Config, run: RunDir) -> list[Example]:
+    """Resolve the plan, check TRL's arguments and the model's files, prepare the rows; returns the held-out ones.
 
-    Raises ConfigError, PreflightError or DataError, as the run would later.
+    Takes seconds and writes only to the cache. Raises ConfigError, PreflightError or DataError, as the run would later.
     """
-    from sft_dist.evaluate.compare import held_out_rows
     from sft_dist.train.worker import resolve_here
 
-    resolve_here(config)
-    prepare_here(config)
-    held_out_rows(config)
+    resolved = resolve_here(config)
+    from sft_dist.data.prepare import prepare
+    from sft_dist.evaluate.compare import held_out_rows
+    from sft_dist.train.model import find_model
+    from sft_dist.train.pretrained import cache_root
+    from sft_dist.train.tokenizer import load_tokenizer
+    from sft_dist.train.trainer import sft_config
+
+    tokens = load_tokenizer(config.model)
+    find_model(config.model)
+    prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
+    sft_config(config, resolved, run, has_eval=prepared.eval is not None)
+    return held_out_rows(config, tokens.tokenizer)
 
 
 def run_here(run: RunDir) -> None:

@@ -50,7 +50,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; `auto` is bfloat16 where the hardware computes in it, else float32. The optimizer keeps float32 master weights and states either way."""
     attn_implementation: str = "auto"
-    """Attention kernel by its transformers name (`sdpa`, `eager`, `flash_attention_2`, ...); `auto` picks one that keeps the rows of a batch apart without padding."""
+    """Attention kernel by its transformers name (`sdpa`, `eager`, `flash_attention_2`, ...); `auto` is ours on a CPU (rows joined without padding, kept apart) and `sdpa` on a GPU."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources that you trust."""
 
@@ -101,8 +101,6 @@ class DataConfig(Section):
     """Train on the assistant's words and end-of-turn tokens only; false trains on every token."""
     on_bad_row: Literal["error", "drop"] = "error"
     """Stop at a row that cannot be used, or leave it out and count it."""
-    num_proc: Count | Auto = "auto"
-    """Processes that load and tokenise; `auto` is one below 2,000 rows."""
 
 
 class TrainConfig(Section):

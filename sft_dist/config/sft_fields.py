@@ -21,7 +21,6 @@ SET_ELSEWHERE = {
     "bf16_full_eval": "model.dtype",
     "chat_template_path": "model.chat_template",
     "data_seed": "run.seed",
-    "dataset_num_proc": "data.num_proc",
     "fp16": "model.dtype",
     "fp16_full_eval": "model.dtype",
     "max_length": "data.max_length",
@@ -45,6 +44,11 @@ SET_BY_SFT_DIST = {
     **dict.fromkeys(("truncation_mode", "remove_unused_columns", "label_names"), "rows are tokenised before"),
     **dict.fromkeys(("shuffle_dataset",), "rows are shuffled by run.seed"),
     **dict.fromkeys(("eos_token", "pad_token"), "they come from the model and its chat template"),
+    **dict.fromkeys(("dataset_num_proc",), "rows are tokenised before"),
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "the loss is computed outside the model's forward",
+    ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the commands say what is done"),
     **dict.fromkeys(("disable_tqdm", "log_level", "log_level_replica", "logging_strategy"), "logs have one form"),
     **dict.fromkeys(

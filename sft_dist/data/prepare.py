@@ -71,14 +71,27 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTe
         with publish_dir(target) as staged:
             ledger = {}
             for name, examples in splits.items():
-                dataset, ledger[name] = _tokenize_split(config, tokenizer, template, examples, dropped[name])
+                dataset, ledger[name] = _tokenize_split(config, tokenizer, template, examples)
                 dataset.save_to_disk(str(staged / name))
             write_json(staged / "ledger.json", ledger)
     return Prepared(
         train=load_from_disk(str(target / "train")),
         eval=load_from_disk(str(target / "eval")) if held_out else None,
-        ledger={"key": target.name, "template": template.origin, **read_json(target / "ledger.json")},
+        ledger={"key": target.name, "template": template.origin, **_ledger(target, splits, dropped)},
     )
+
+
+def _ledger(target: Path, splits: dict[str, list[Example]], dropped: dict[str, list[str]]) -> dict[str, Any]:
+    """The counts of the cached tokens by split, and those of the rows read this time."""
+    counts = read_json(target / "ledger.json")
+    return {
+        name: {
+            "rows_in": len(examples) + len(dropped[name]),
+            "dropped_bad_rows": len(dropped[name]),
+            **counts[name],
+        }
+        for name, examples in splits.items()
+    }
 
 
 def _tokenize_split(
@@ -86,16 +99,14 @@ def _tokenize_split(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     examples: Sequence[Example],
-    dropped: Sequence[str],
 ) -> tuple[Dataset, dict[str, Any]]:
     from datasets import Dataset, Features, List, Value, disable_progress_bars
 
     data = config.data
     disable_progress_bars()
     counts = {
-        "rows_in": len(examples) + len(dropped),
         "rows": 0,
-        "dropped_bad_rows": len(dropped),
+        "dropped_refused_by_template": 0,
         "dropped_answer_empty": 0,
         "dropped_answer_cut_off": 0,
         "truncated_rows": 0,
@@ -109,15 +120,16 @@ def _tokenize_split(
             examples, tokenizer, template, max_length=data.max_length, assistant_only_loss=data.assistant_only_loss
         )
         for example, row in zip(examples, tokenized, strict=True):
+            problem = row.problem or ("the answer tokenises to nothing, so there is nothing to train on")
             if row.answer == 0 and data.on_bad_row == "error":
                 raise DataError(
-                    f"{example.where}: the answer tokenises to nothing, so there is nothing to train on",
-                    hint="give the row an answer, or set data.on_bad_row=drop to leave such rows out",
+                    f"{example.where}: {problem}", hint="mend the row, or leave such rows out with data.on_bad_row=drop"
                 )
             counts["truncated_rows"] += row.cut > 0
             counts["truncated_tokens"] += row.cut
             if row.answer == 0 or row.trained == 0:
-                counts["dropped_answer_empty" if row.answer == 0 else "dropped_answer_cut_off"] += 1
+                reason = "refused_by_template" if row.problem else "answer_cut_off" if row.answer else "answer_empty"
+                counts[f"dropped_{reason}"] += 1
                 continue
             counts["rows"] += 1
             counts["tokens"] += len(row.input_ids)
@@ -142,7 +154,8 @@ def _key(
 ) -> str:
     digest = hashlib.sha256()
     backend = tokenizer.backend_tokenizer.to_str()
-    settings = [__version__, config.data.max_length, config.data.assistant_only_loss, tokenizer.special_tokens_map]
+    settings: list[Any] = [__version__, config.data.max_length, config.data.assistant_only_loss, config.data.on_bad_row]
+    settings.append(tokenizer.special_tokens_map)
     for part in (json.dumps(settings, default=str), backend, template.training_text):
         digest.update(hashlib.sha256(part.encode()).digest())
     for name, examples in splits.items():

@@ -82,11 +82,7 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages
     try:
         text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
     except (TemplateError, TypeError, KeyError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ConfigError(
-            f"the chat template refuses a conversation with the roles {roles}: {error}",
-            hint="change the rows, or set model.chat_template (chatml takes any roles)",
-        ) from None
+        raise _refusal(messages, error) from None
     return str(text)
 
 
@@ -134,15 +130,27 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> s
 def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, list[Span]]:
     # The function behind apply_chat_template; that method itself returns the marks only as a mask over tokens, which
     # it computes row by row.
+    from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        raise _refusal(messages, error) from None
     return str(texts[0]), [(start, end) for start, end in spans[0]]
+
+
+def _refusal(messages: Messages, error: Exception) -> ConfigError:
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    return ConfigError(
+        f"the chat template refuses a conversation with the roles {roles}: {error}",
+        hint="change the rows, or set model.chat_template (chatml takes any roles)",
+    )
 
 
 def _prefix_spans(

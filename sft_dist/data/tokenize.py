@@ -27,7 +27,9 @@ class TokenizedRow:
     cut: int
     """Tokens beyond `max_length` that were left out."""
     answer: int
-    """Tokens of the answer before the cut; 0 if it tokenised to nothing."""
+    """Tokens of the answer's words before the cut; 0 if they tokenised to nothing."""
+    problem: str | None = None
+    """Why the template refuses the row; the row is empty then."""
 
     @property
     def trained(self) -> int:
@@ -43,31 +45,23 @@ def tokenize(
     max_length: int,
     assistant_only_loss: bool = True,
 ) -> Iterator[TokenizedRow]:
-    """A TokenizedRow for each example, in order; raises ConfigError for a tokenizer without offsets."""
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token came from",
-            hint="use a model with a fast tokenizer (a tokenizer.json)",
-        )
+    """A TokenizedRow for each example, in order. The tokenizer must be a fast one (with offsets)."""
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
-        for ids, trained in _encode(batch, tokenizer, template):
+        for ids, trained, problem in _encode(batch, tokenizer, template):
+            # The end-of-turn token is trained with every answer; an answer is more than that.
+            words = sum(mask and token != tokenizer.eos_token_id for token, mask in zip(ids, trained, strict=True))
             labels = [
                 token if mask or not assistant_only_loss else IGNORED for token, mask in zip(ids, trained, strict=True)
             ]
-            yield TokenizedRow(ids[:max_length], labels[:max_length], max(0, len(ids) - max_length), sum(trained))
+            yield TokenizedRow(ids[:max_length], labels[:max_length], max(0, len(ids) - max_length), words, problem)
 
 
 def _encode(
     batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids and, for each, whether it belongs to the answer."""
-    rendered: list[Any] = [
-        render_trained(tokenizer, template, example.messages, example.first_trained)
-        if example.messages
-        else _render_plain(example, tokenizer)
-        for example in batch
-    ]
+) -> Iterator[tuple[list[int], list[bool], str | None]]:
+    """Token ids, for each whether it belongs to the answer, and why the template refuses the row, if it does."""
+    rendered: list[Any] = [_render(example, tokenizer, template) for example in batch]
     for chat in (True, False):  # a template writes its own BOS; plain text gets the tokenizer's, if it has one
         chosen = [row for row, example in enumerate(batch) if bool(example.messages) is chat]
         if not chosen:
@@ -77,8 +71,20 @@ def _encode(
         )
         for position, row in enumerate(chosen):
             ids = encoded["input_ids"][position]
-            rendered[row] = (ids, _inside(encoded["offset_mapping"][position], rendered[row][1]))
+            _, spans, problem = rendered[row]
+            rendered[row] = (ids, _inside(encoded["offset_mapping"][position], spans), problem)
     yield from rendered
+
+
+def _render(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> tuple[str, list[Span], str | None]:
+    if not example.messages:
+        return *_render_plain(example, tokenizer), None
+    try:
+        return *render_trained(tokenizer, template, example.messages, example.first_trained), None
+    except ConfigError as error:
+        return "", [], error.message
 
 
 def _render_plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
@@ -90,10 +96,21 @@ def _render_plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """For each token, whether it shares a character with one of the ascending `spans`."""
-    inside, current = [], 0
-    for start, end in offsets:
-        while current < len(spans) and spans[current][1] <= start:
-            current += 1
-        inside.append(current < len(spans) and end > spans[current][0] and end > start)
+    """For each token, whether it lies between the first and the last one that share a character with a span.
+
+    Tokens of white space have an empty range where the tokenizer trims offsets, so the ranges alone do not tell.
+    """
+    inside = [False] * len(offsets)
+    token = 0
+    for first, last in spans:  # ascending, as the tokens are
+        while token < len(offsets) and (offsets[token][1] <= first or offsets[token][0] == offsets[token][1]):
+            token += 1
+        begin = end = token
+        for index in range(begin, len(offsets)):
+            if offsets[index][0] >= last and offsets[index][1] > offsets[index][0]:
+                break
+            if offsets[index][1] > offsets[index][0]:
+                end = index + 1
+        inside[begin:end] = [True] * (end - begin)
+        token = end
     return inside

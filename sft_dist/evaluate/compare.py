@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_dist.config.schema import Config
 from sft_dist.data.formats import Example, expected_answer, prompt_messages
 from sft_dist.data.sources import load_examples
 from sft_dist.errors import CheckpointError, DataError
-from sft_dist.files import read_json, read_jsonl, write_json, write_jsonl
+from sft_dist.files import read_jsonl, write_json, write_jsonl
 from sft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sft_dist.evaluate.generate import Prompt
     from sft_dist.parallel.resolve import Resolved
 
 log = logging.getLogger(__name__)
@@ -58,24 +59,28 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
     return Loaded(model.to(device).eval(), tokens.tokenizer)
 
 
-def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> dict[str, Any] | None:
-    """Write eval/WHEN.jsonl and the model's part of scores.json; returns that part, None if nothing is scored."""
+def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> None:
+    """Write eval/WHEN.jsonl, and scores.json if there are held-out rows."""
     started = time.monotonic()
-    held_out = held_out_rows(config)
+    held_out = read_held_out(run)
     rows = _ask(config, loaded)
     rows += _score(config, loaded, held_out) if held_out else []
     write_jsonl(run.eval / f"{when}.jsonl", rows)
     log.info("%s training: %d answers in %.0f s", when, len(rows), time.monotonic() - started)
-    return update_scores(run, when, len(held_out)) if held_out else None
+    if held_out:
+        update_scores(run)
 
 
-def update_scores(run: RunDir, when: When, n: int) -> dict[str, Any]:
-    """Put the summary of eval/WHEN.jsonl into scores.json and return it."""
+def update_scores(run: RunDir) -> dict[str, Any]:
+    """Write scores.json from eval/before.jsonl and eval/after.jsonl, as far as they are there; returns its content."""
     from sft_dist.evaluate.score import summarise
 
-    part = summarise(read_jsonl(run.eval / f"{when}.jsonl"))
-    write_json(run.scores, {**(read_json(run.scores) or {}), when: part, "n": n})
-    return part
+    parts = {when: read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after")}
+    scored = {when: [row for row in rows if row["kind"] == "scored"] for when, rows in parts.items()}
+    scores: dict[str, Any] = {when: summarise(rows) for when, rows in scored.items() if rows}
+    scores["n"] = max(len(rows) for rows in scored.values())
+    write_json(run.scores, scores)
+    return scores
 
 
 def wants_evaluation(config: Config) -> bool:
@@ -83,14 +88,18 @@ def wants_evaluation(config: Config) -> bool:
     return bool(config.evaluate.questions) or config.evaluate.data is not None
 
 
-def held_out_rows(config: Config) -> list[Example]:
-    """The rows to score, [] if there are none. Raises DataError for one whose answer is not among the labels."""
-    source = config.evaluate.data
+def held_out_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The rows to score, read from their source; [] if the config has none.
+
+    Raises DataError for a row whose answer is not among the labels, ConfigError for a label that cannot be scored.
+    """
+    from sft_dist.evaluate.likelihood import candidate
+
+    source, labels = config.evaluate.data, config.evaluate.labels
     if source is None:
         return []
     system = config.evaluate.system or config.data.system
-    examples = load_examples(source, system=system, on_bad_row="error")[0]
-    labels = config.evaluate.labels
+    examples = load_examples(source, system=system, on_bad_row=config.data.on_bad_row)[0]
     for example in examples:
         expected = expected_answer(example).strip()
         if labels and expected not in labels:
@@ -98,7 +107,25 @@ def held_out_rows(config: Config) -> list[Example]:
                 f"{example.where}: the expected answer {expected!r} is not one of evaluate.labels {list(labels)}",
                 hint="add it to evaluate.labels, or set evaluate.labels=[] to score by exact match only",
             )
+        for label in labels:
+            candidate(tokenizer, prompt_of(example), label, config.evaluate.generation.enable_thinking)
     return examples
+
+
+def prompt_of(example: Example) -> Prompt:
+    """What a model is given of a held-out row: the messages before the last answer, or the plain prompt."""
+    return list(prompt_messages(example)) if example.messages else str(example.prompt)
+
+
+def write_held_out(run: RunDir, examples: Sequence[Example]) -> None:
+    """Keep the held-out rows in the run, so that before and after are scored on the same ones, whenever that is."""
+    if examples:
+        write_jsonl(run.held_out, [asdict(example) for example in examples])
+
+
+def read_held_out(run: RunDir) -> list[Example]:
+    """The rows that `write_held_out` kept."""
+    return [Example(**{**row, "messages": tuple(row["messages"])}) for row in read_jsonl(run.held_out)]
 
 
 def _ask(config: Config, loaded: Loaded) -> list[dict[str, Any]]:
@@ -123,12 +150,14 @@ def _score(config: Config, loaded: Loaded, examples: Sequence[Example]) -> list[
     from sft_dist.evaluate.score import exact_match
 
     labels = config.evaluate.labels
-    prompts = [list(prompt_messages(row)) if row.messages else str(row.prompt) for row in examples]
+    prompts = [prompt_of(row) for row in examples]
     answers = generate(loaded.model, loaded.tokenizer, prompts, config.evaluate.generation)
     logprobs: list[dict[str, float]] = [{} for _ in examples]
     if labels:
-        batch = config.evaluate.generation.batch_size
-        logprobs = label_logprobs(loaded.model, loaded.tokenizer, prompts, labels, batch)
+        options = config.evaluate.generation
+        logprobs = label_logprobs(
+            loaded.model, loaded.tokenizer, prompts, labels, options.batch_size, options.enable_thinking
+        )
     rows = []
     for index, (example, prompt, answer, scores) in enumerate(zip(examples, prompts, answers, logprobs, strict=True)):
         expected = expected_answer(example).strip()

@@ -62,7 +62,16 @@ def _cpu() -> tuple[str, set[str], int]:
         if fields.get("processor", "").isdigit() and int(fields["processor"]) in allowed:
             # Hyper-threads of one core share its physical and core id; without ids every processor is a core.
             cores.add((fields.get("physical id", "0"), fields.get("core id", fields["processor"])))
-    return name, flags, max(1, len(cores))
+    return name, flags, max(1, min(len(cores), _cpu_quota()))
+
+
+def _cpu_quota() -> int:
+    """Processors that the control group grants (a container's limit), as a whole number; many if there is no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return 1 << 16
 
 
 def _memory_gib() -> float:
@@ -83,12 +92,22 @@ def _gpus() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.count(",") == 4]
-    wanted = None if visible is None else [item.strip() for item in visible.split(",")]
-    return tuple(
-        Gpu(name, _number(memory) / 1024, _number(capability))
+    gpus = {
+        index: (uuid, Gpu(name, _number(memory) / 1024, _number(capability)))
         for index, uuid, name, memory, capability in rows
-        if wanted is None or index in wanted or any(uuid.startswith(item) for item in wanted if not item.isdigit())
-    )
+    }
+    if visible is None:
+        return tuple(gpu for _, gpu in gpus.values())
+    # In the variable's order, as CUDA counts them; a MIG slice is a GPU of its own, described by its card.
+    return tuple(found for item in visible.split(",") if (found := _visible_gpu(item.strip(), gpus)) is not None)
+
+
+def _visible_gpu(item: str, gpus: dict[str, tuple[str, Gpu]]) -> Gpu | None:
+    if item in gpus:
+        return gpus[item][1]
+    if item.startswith("MIG-"):
+        return next((gpu for _, gpu in gpus.values()), None)
+    return next((gpu for uuid, gpu in gpus.values() if item and not item.isdigit() and uuid.startswith(item)), None)
 
 
 def _number(text: str) -> float:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sft_dist.config.loader import load_config, load_run_config, write_config
-from sft_dist.errors import SftDistError
+from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
 from sft_dist.files import write_json, write_text
 from sft_dist.logs import log_to_stderr
 from sft_dist.rundir import RunDir, create_run, runs_root
@@ -34,13 +34,17 @@ def main(arguments: list[str]) -> int:
         from sft_dist.train.worker import record_environment, resolve_here, train
 
         run = open_run(arguments[0])
+        if (run.model / "DONE").is_file():
+            raise ConfigError(
+                f"run {run.name} is done, its model is in {run.model}", hint="train under another run.name"
+            )
         with attempt(run) as current:
             resolved = resolve_here(load_run_config(run.config))
             record_environment(run, resolved)
             train(run, current, resolved)
-    except SftDistError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    except (SftDistError, OSError) as error:
+        sys.stderr.write(explained(error))
+        return exit_status(error)
     return 0
 
 

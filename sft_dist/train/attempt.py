@@ -29,8 +29,13 @@ class Attempt:
 def attempt(run: RunDir) -> Iterator[Attempt]:
     """Enter an attempt: signals are caught, the state is `running`; when the block ends, how it ended is written.
 
-    A requested stop leaves as RunStopped, whatever stage it interrupted; other exceptions pass unchanged.
+    A second process that enters the same run is refused (ConfigError). A requested stop leaves as RunStopped, whatever stage it interrupted; other exceptions pass unchanged.
     """
+    with run.locked():
+        yield from _attempt(run)
+
+
+def _attempt(run: RunDir) -> Iterator[Attempt]:
     number = len(read_jsonl(run.attempts)) + 1
     start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
     run.write_status(state="running", reason=None, attempt=number)
@@ -57,4 +62,5 @@ def attempt(run: RunDir) -> Iterator[Attempt]:
 
 def _one_line(error: BaseException) -> str:
     text = error.message if isinstance(error, SftDistError) else f"{type(error).__name__}: {error}"
-    return (text.splitlines() or [""])[0][:300]
+    lines = [line.strip() for line in text.splitlines()] or [""]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

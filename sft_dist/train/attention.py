@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sft_dist.errors import ConfigError
+
 NAME = "sft_dist_varlen"
 
 
@@ -29,18 +31,23 @@ def varlen_attention(
     """Causal self-attention inside each document; the signature is that of transformers' AttentionInterface.
 
     `query` is [1, heads, tokens, head_dim], `key` and `value` may have fewer heads; `cu_seq_lens_q` holds the
-    documents' boundaries. The result is [1, tokens, heads, head_dim]. Raises RuntimeError for a padded batch and for
-    sliding windows, which it does not do.
+    documents' boundaries. The result is [1, tokens, heads, head_dim]. Raises RuntimeError for a padded batch, ConfigError
+    for a document beyond a sliding window, soft caps and attention sinks, which it does not compute.
     """
-    window = kwargs.get("sliding_window")
-    if window is not None and query.shape[2] > window:
-        raise RuntimeError(f"{NAME} has no sliding window: set model.attn_implementation=sdpa for this model")
     if cu_seq_lens_q is None:
         if query.shape[0] != 1:
             raise RuntimeError(f"{NAME} takes one row of joined documents; load the model with sdpa for padded batches")
         bounds = [0, query.shape[2]]
     else:
         bounds = cu_seq_lens_q.tolist()
+    window = kwargs.get("sliding_window")
+    too_long = window is not None and any(end - start > window for start, end in itertools.pairwise(bounds))
+    if too_long or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        # Sliding windows, soft caps and attention sinks change the result: better no answer than another one.
+        raise ConfigError(
+            f"this model's attention has a window, cap or sink that {NAME} does not compute",
+            hint="set model.attn_implementation=eager (or sdpa, where the model allows it)",
+        )
     query, key = query.to(value.dtype), key.to(value.dtype)
     documents = [
         F.scaled_dot_product_attention(

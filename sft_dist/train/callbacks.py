@@ -31,7 +31,8 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.run, self.config, self.stop, self.progress, self.facts = run, config, stop, progress, facts
         self.first_step = 0
         self._tokens_before = 0
-        self._tokens, self._time, self._status_time = 0, 0.0, 0.0
+        self._tokens, self._seconds, self._step_began, self._status_time = 0, 0.0, 0.0, 0.0
+        self._stopping = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,17 +44,24 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         if len(kept) != len(rows):
             write_jsonl(self.run.metrics, kept)
         self._tokens_before = max((row.get("tokens", 0) for row in kept), default=0)
-        self._tokens, self._time = 0, time.monotonic()
         self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
         self.progress.begin(state.global_step, state.max_steps)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Only the time inside steps counts for tokens_per_s, not evaluation and saving."""
+        self._step_began = time.monotonic()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Between two steps is where a stop request is honoured."""
+        now = time.monotonic()
+        self._seconds += now - self._step_began
         self.progress.step(state.global_step)
         if self.stop.reason and not control.should_training_stop:
+            self._stopping = True
             log.warning("%s at step %d: saving a checkpoint, then stopping", self.stop.reason, state.global_step)
             control.should_save = control.should_log = control.should_training_stop = True
-        now = time.monotonic()
         if now - self._status_time >= STATUS_EVERY_S:
             self._status_time = now
             self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
@@ -62,7 +70,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A stopping run has saved already; what is due at the end of an epoch would only cost its last minutes."""
-        if self.stop.reason and control.should_training_stop:
+        if self._stopping:
             control.should_evaluate = control.should_save = False
 
     def on_log(
@@ -73,31 +81,26 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One row of metrics.jsonl; tokens_per_s counts non-padding tokens since the last training row."""
+        """One row of metrics.jsonl; tokens_per_s counts non-padding tokens over the time inside steps since the last one,
+        memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU."""
         row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
         if "train_runtime" in row:  # transformers' summary at the end: an average over evaluation and saving too
             return
         tokens = row.pop("num_tokens", None)
         if "loss" in row and tokens is not None:
-            now = time.monotonic()
-            row["tokens_per_s"] = round((tokens - self._tokens) / max(1e-9, now - self._time), 2)
+            row["tokens_per_s"] = round((tokens - self._tokens) / max(1e-9, self._seconds), 2)
             row["tokens"] = self._tokens_before + int(tokens)
-            self._tokens, self._time = tokens, now
+            row["memory_gib"] = round(_peak_memory_gib(), 3)
+            self._tokens, self._seconds = tokens, 0.0
         append_jsonl(self.run.metrics, row)
         self.progress.metrics(row)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The evaluation's time is not training time."""
-        self._time = time.monotonic()
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint with its manifest; only then do older ones go."""
-        started = time.monotonic()
         folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
         write_manifest(folder, state.global_step, self.facts)
         rotate(self.run, self.config.checkpoint.keep)
         self.run.write_status(checkpoint=folder.name)
-        self._time += time.monotonic() - started
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,6 +108,16 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         """Put the last step on record."""
         self.progress.end()
         self.run.write_status(step=state.global_step, max_steps=state.max_steps)
+
+
+def _peak_memory_gib() -> float:
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
 class Guarded(TrainerCallback):  # type: ignore[misc]
@@ -148,6 +161,6 @@ def trackers(config: Config, run: RunDir) -> list[TrainerCallback]:
     for name in config.tracking.report_to:
         try:
             guarded += [Guarded(name, callback()) for callback in get_reporting_integration_callbacks([name])]
-        except (RuntimeError, ImportError, ValueError) as error:
+        except Exception as error:
             log.warning("tracking.report_to: %s is left out: %s", name, error)
     return guarded

@@ -35,13 +35,20 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is not readable"
     if manifest is None:
         return f"{MANIFEST} is missing: the save did not finish"
-    for name, entry in manifest["files"].items():
+    try:
+        return _first_difference(checkpoint, manifest["files"])
+    except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
+        return f"{MANIFEST} is not readable"
+
+
+def _first_difference(checkpoint: Path, files: dict[str, Any]) -> str | None:
+    for name, entry in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-    for name, entry in manifest["files"].items():
+    for name, entry in files.items():
         if _digest(checkpoint / name) != entry["sha256"]:
             return f"{name} has changed since it was written"
     return None
@@ -66,8 +73,8 @@ def newest_complete(run: RunDir) -> tuple[Path | None, list[str]]:
         if problem is None:
             return path, torn
         aside = path.with_name(f"torn-{path.name}")
-        if aside.exists():
-            shutil.rmtree(aside)
+        while aside.exists():  # set aside before, saved again and torn again
+            aside = aside.with_name(f"{aside.name}-again")
         path.rename(aside)
         torn.append(f"{path.name}: {problem}; set aside as {aside.name}")
     return None, torn

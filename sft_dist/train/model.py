@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_dist.config.schema import ModelConfig
@@ -12,12 +13,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def find_model(model: ModelConfig) -> None:
+    """Raise PreflightError unless the model's config and weight files are here or on the Hub; loads no weights."""
+    from transformers import AutoConfig
+
+    source = resolve_model(model.name)
+    try:
+        AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        if Path(source).is_dir() and not any(Path(source).glob(pattern) for pattern in ("*.safetensors", "*.bin")):
+            raise OSError("no *.safetensors in it")
+    except (OSError, ValueError, ImportError) as error:
+        raise missing_model(model, source, "model", error) from None
+
+
 def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
     """The causal language model that `model` names, its weights in `dtype`.
 
     Embeddings grow if the template added tokens. Raises PreflightError if there is no such model here.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     source = resolve_model(model.name)
@@ -29,7 +44,7 @@ def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_imp
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise missing_model(model, source, "model", error) from None
     vocabulary = loaded.get_input_embeddings().weight.shape[0]
     if len(tokens.tokenizer) > vocabulary:

@@ -35,6 +35,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
             states = [self._state_of(param) for param in params]
             masters = [state["master"] for state in states]
             adamw(

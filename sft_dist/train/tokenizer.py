@@ -24,8 +24,6 @@ class RunTokenizer:
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
-    base_length: int
-    """Tokens before ours were added; the model's embeddings grow if the tokenizer has more now."""
 
 
 def load_tokenizer(model: ModelConfig) -> RunTokenizer:
@@ -45,7 +43,11 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
         )
     except (OSError, ValueError, ImportError) as error:
         raise missing_model(model, source, "tokenizer", error) from None
-    base_length = len(tokenizer)
+    if not tokenizer.is_fast:
+        raise PreflightError(
+            f"the tokenizer of {source!r} ({type(tokenizer).__name__}) cannot say which characters a token came from",
+            hint="set model.tokenizer to one with a tokenizer.json",
+        )
     template = choose_template(tokenizer, model.chat_template)
     if template.new_tokens:
         tokenizer.add_special_tokens(
@@ -58,7 +60,7 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
     tokenizer.eos_token = end_of_turn(tokenizer, template)
     known = tokenizer.get_vocab()
     tokenizer.pad_token = pad or next((name for name in PAD_TOKENS if name in known), tokenizer.eos_token)
-    return RunTokenizer(tokenizer, template, base_length)
+    return RunTokenizer(tokenizer, template)
 
 
 def missing_model(model: ModelConfig, source: str, what: str, error: Exception) -> PreflightError:

@@ -92,7 +92,7 @@ def build_trainer(
 
 
 def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: bool) -> SFTConfig:
-    """TRL's arguments for a run."""
+    """TRL's arguments for a run. Raises ConfigError if TRL or transformers refuse them."""
     train, checkpoint = config.train, config.checkpoint
     arguments: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
@@ -101,7 +101,8 @@ def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: boo
         # The weights are already in the type to compute in; autocast would only cast them again at every use.
         "bf16": False,
         "fp16": False,
-        "tf32": None if resolved.plan == "cpu" else True,
+        # What float32 products remain may use the matrix units, which came with the same GPUs as bfloat16.
+        "tf32": True if resolved.plan == "single" and resolved.dtype == "bfloat16" else None,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.lr_scheduler_type,
         "warmup_steps": train.warmup_steps,
@@ -133,4 +134,10 @@ def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: boo
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return SFTConfig(**{**train.extra, **arguments})
+    loss_type = train.extra.get("loss_type", "nll")
+    if loss_type not in ("nll", "dft"):  # checked by SFTTrainer itself only once the model is there
+        raise ConfigError(f"train.extra.loss_type {loss_type!r} is not one of nll, dft")
+    try:
+        return SFTConfig(**{**train.extra, **arguments})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"TRL refuses these settings: {error}", hint="look at train.extra and train") from error

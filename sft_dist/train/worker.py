@@ -12,7 +12,7 @@ from typing import Any
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
-from sft_dist.errors import CheckpointError, ConfigError, RunStopped
+from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped
 from sft_dist.files import read_json, write_json
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, resolve
@@ -47,17 +47,23 @@ def train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
     log.info("%s", summary(prepared.ledger))
     model = load_model(config.model, tokens, dtype=resolved.dtype, attn_implementation=resolved.attn_implementation)
     facts = {"plan": resolved.plan, "world_size": 1, "data": prepared.ledger["key"], "dtype": resolved.dtype}
-    recorder = RunRecorder(run, config, current.stop, Progress(), facts)
+    progress = Progress()
+    recorder = RunRecorder(run, config, current.stop, progress, facts)
     callbacks = [recorder, *trackers(config, run)]
     trainer = build_trainer(config, resolved, run, model, tokens.tokenizer, prepared, callbacks)
     checkpoint = _resume_from(run, facts)
     with current.stop.deferred():
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            progress.end()
         step = trainer.state.global_step
         current.facts.update(first_step=recorder.first_step, last_step=step)
         if step < trainer.state.max_steps:
             raise RunStopped(f"stopped by {current.stop.reason} at step {step}, saved as checkpoint-{step}")
         publish_model(run, config, trainer.model, tokens.tokenizer)
+    if current.stop.reason:  # asked during the last step or the publishing: both are done
+        raise RunStopped(f"stopped by {current.stop.reason} after the last step; the model is complete")
 
 
 def resolve_here(config: Config) -> Resolved:
@@ -83,6 +89,11 @@ def resolve_here(config: Config) -> Resolved:
     from sft_dist.train.quiet import quiet_libraries
 
     quiet_libraries()
+    if resolved.plan == "single" and not torch.cuda.is_available():
+        raise PreflightError(
+            f"nvidia-smi lists a GPU, but this torch ({torch.__version__}) cannot use it",
+            hint="install a CUDA build of torch that fits the driver, or set parallel.plan=cpu",
+        )
     if resolved.plan == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(resolved.num_threads)
     return resolved

@@ -58,13 +58,19 @@ def tiny_model(tiny_tokens: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def new_run(tmp_path: Path, tiny_model_dir: Path) -> NewRun:
-    """`new_run("train.max_steps=2", name="a")` creates a run of the smoke recipe with these overrides."""
-    from sft_dist.config.loader import load_config
-    from sft_dist.stages import new_run as create
+    """`new_run("train.max_steps=2", name="a")` creates a run of the smoke recipe with these overrides.
 
-    def create_one(*overrides: str, name: str = "run", recipe: str = "smoke") -> RunDir:
-        loaded = load_config(recipe, [f"run.name={name}", f"run.dir={tmp_path / 'runs'}", *overrides])
-        return create(loaded)
+    With `proved=False` it is created although it cannot run, as if something had gone away since.
+    """
+    from sft_dist import stages
+    from sft_dist.config.loader import load_config
+
+    def create_one(*overrides: str, name: str = "run", proved: bool = True) -> RunDir:
+        loaded = load_config("smoke", [f"run.name={name}", f"run.dir={tmp_path / 'runs'}", *overrides])
+        with pytest.MonkeyPatch.context() as patch:
+            if not proved:
+                patch.setattr(stages, "prove_here", lambda config: None)
+            return stages.new_run(loaded)
 
     return create_one
 

@@ -15,13 +15,19 @@ from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.evaluate import compare
 from sft_dist.evaluate.compare import Loaded, evaluate_model
 from sft_dist.evaluate.generate import generate, left_pad, prompt_ids, settings
-from sft_dist.evaluate.likelihood import label_ids, label_logprobs
+from sft_dist.evaluate.likelihood import candidate, label_logprobs
 from sft_dist.evaluate.score import exact_match, summarise
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.rundir import RunDir
 
 NewRun = Callable[..., RunDir]
 END = "<|im_end|>"
+
+
+def label_ids(tokenizer: Any, prompt: Any, label: str) -> list[int]:
+    """The tokens that carry a label's score."""
+    option = candidate(tokenizer, prompt, label)
+    return option.ids[option.first :]
 
 
 def asked(*texts: str) -> list[list[dict[str, str]]]:
@@ -496,8 +502,10 @@ def test_chat_keeps_the_conversation_until_it_is_reset(finished: RunDir, monkeyp
         return real(**kwargs)
 
     loaded.model.generate = spy
-    lines = iter(["first", "", "second", "/reset", "third", "/exit", "never"])
-    chatting.chat(config, loaded, lambda: next(lines), None)
+    lines = iter(["first", "", "second", "/reset", "third", "/help", "/exit", "never"])
+    notes: list[str] = []
+    chatting.chat(config, loaded, lambda: next(lines), None, notes.append)
+    assert notes == [chatting.HELP]
     assert len(seen) == 3
     assert seen[0] == f"<|im_start|>user\nfirst{END}\n<|im_start|>assistant\n"
     assert seen[1].startswith(seen[0])

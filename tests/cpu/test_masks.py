@@ -124,7 +124,7 @@ WORDS = {
 def test_one_turn_trains_the_words_and_the_end_of_turn(tokens: RunTokenizer, words: str) -> None:
     (row,) = rows_of(tokens, chat("Which category?", words))
     assert_trained(tokens, row, words)
-    assert row.answer == row.trained > 1
+    assert row.trained > 1
     assert row.cut == 0
 
 

@@ -116,11 +116,11 @@ def test_a_tracker_that_is_not_installed_is_left_out_with_a_warning(
 ) -> None:
     from transformers.integrations import integration_utils
 
-    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
-    run = new_run(*TRAINING, "tracking.report_to=[trackio, tensorboard]")
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    run = new_run(*TRAINING, "tracking.report_to=[wandb, tensorboard]")
     run_here(run)
     assert finished(run)
-    assert "tracking.report_to: trackio is left out" in caplog.text
+    assert "tracking.report_to: wandb is left out" in caplog.text
     assert list((run.logs / "tensorboard").rglob("events.out.tfevents.*")), "the other tracker is gone too"
 
 

@@ -38,7 +38,7 @@ def test_a_right_tree_is_a_config():
         ("train", "per_device_train_batch_size", "x", "'x' is not a whole number, or auto"),
         ("train", "per_device_train_batch_size", 0, "0 is not 1 or more, or auto"),
         ("train", "gradient_checkpointing", 3, "3 is not true or false, or auto"),
-        ("data", "num_proc", [2], "[2] is not a whole number, or auto"),
+        ("train", "per_device_train_batch_size", [2], "[2] is not a whole number, or auto"),
         ("data", "assistant_only_loss", "no", "'no' is not true or false"),
         ("data", "system", 5, "5 is not text; put quotes around it"),
         ("data", "eval", 3, "3 is not a section (key: value)"),
