@@ -71,6 +71,10 @@ def compare(options: argparse.Namespace, rows: str) -> dict[str, Any]:
 
 def run_arm(arm: str, model: str, rows: str, steps: int) -> dict[str, Any]:
     """Train a few steps; tokens a second, seconds of each step, loss of the first."""
+    from sft_dist.train.worker import resolve_here
+
+    # Before anything imports torch, as `sft-dist train` does it; TRL's arm gets torch as it comes.
+    resolved = resolve_here(config_for(model, rows, steps)) if arm == "sft-dist" else None
     from datasets import disable_progress_bars
 
     from sft_dist.train.quiet import quiet_libraries
@@ -78,7 +82,7 @@ def run_arm(arm: str, model: str, rows: str, steps: int) -> dict[str, Any]:
     disable_progress_bars()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = build(arm, model, rows, steps, scratch)
+        trainer = build(resolved, model, rows, steps, scratch)
         clock = timed(trainer)
         trainer.train()
     seconds = [step["seconds"] for step in clock]
@@ -107,17 +111,17 @@ def config_for(model: str, rows: str, steps: int) -> Any:
     )
 
 
-def build(arm: str, model: str, rows: str, steps: int, scratch: str) -> Any:
-    """The arm's trainer. Both get the same token ids and labels, so that they differ in nothing but the training."""
+def build(resolved: Any, model: str, rows: str, steps: int, scratch: str) -> Any:
+    """The trainer of an arm, ours if `resolved` is given. Both get the same token ids and labels, so that they differ in nothing but the training."""
     from sft_dist.data.prepare import prepare
     from sft_dist.train.tokenizer import load_tokenizer
 
     config = config_for(model, rows, steps)
     tokens = load_tokenizer(config.model)
     prepared = prepare(config, tokens.tokenizer, tokens.template, Path(scratch))
-    if arm == "trl":
+    if resolved is None:
         return build_trl(model, prepared.train, steps, scratch)
-    return build_ours(config, tokens, prepared, scratch)
+    return build_ours(config, resolved, tokens, prepared, scratch)
 
 
 def build_trl(model: str, rows: Any, steps: int, scratch: str) -> Any:
@@ -133,16 +137,13 @@ def build_trl(model: str, rows: Any, steps: int, scratch: str) -> Any:
     return SFTTrainer(model=resolve_model(model), args=arguments, train_dataset=rows)
 
 
-def build_ours(config: Any, tokens: Any, prepared: Any, scratch: str) -> Any:
+def build_ours(config: Any, resolved: Any, tokens: Any, prepared: Any, scratch: str) -> Any:
     """The trainer that `sft-dist train` builds."""
-    from sft_dist.parallel.machine import this_machine
-    from sft_dist.parallel.resolve import resolve
     from sft_dist.rundir import RunDir
     from sft_dist.train.attention import register
     from sft_dist.train.model import load_model
     from sft_dist.train.trainer import build_trainer
 
-    resolved = resolve(config, this_machine())
     register()
     loaded = load_model(config.model, tokens, dtype=resolved.dtype, attn_implementation=resolved.attn_implementation)
     return build_trainer(config, resolved, RunDir(Path(scratch)), loaded, tokens.tokenizer, prepared, [])
@@ -194,12 +195,15 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"rows: {result['rows']}", f"{'arm':10} {'tokens/s':>9} {'fill':>6} {'GiB':>6} {'first loss':>11}"]
+    """Tokens a second as median (lowest to highest) of the rounds, and the ratio round by round."""
+    head = f"{'arm':10} {'tokens/s':>24} {'fill':>6} {'GiB':>6} {'first loss':>11}"
+    lines = [f"rows: {result['rows']}", head]
     for arm, runs in result["arms"].items():
         fill = sum(runs[0]["step_tokens"]) / sum(runs[0]["padded_tokens"])
-        speed = statistics.median(run["tokens_per_s"] for run in runs)
+        speeds = [run["tokens_per_s"] for run in runs]
+        speed = f"{statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f})"
         lines.append(
-            f"{arm:10} {speed:9.0f} {fill:6.2f} {runs[0]['peak_memory_gib']:6.2f} {runs[0]['first_loss']:11.4f}"
+            f"{arm:10} {speed:>24} {fill:6.2f} {runs[0]['peak_memory_gib']:6.2f} {runs[0]['first_loss']:11.4f}"
         )
     lines.append(f"ratio by round: {result['ratio_by_round']}, median {statistics.median(result['ratio_by_round'])}")
     return "\n".join(lines)

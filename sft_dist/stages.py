@@ -28,7 +28,7 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
     root, name = runs_root(config.run.dir), str(config.run.name)
     if not overwrite:
         refuse_existing(root, name)
-    if loaded.provenance.get("data.train.task") == "default":
+    if config.data.train.task and loaded.provenance.get("data.train.task") == "default":
         raise ConfigError("data.train is not set", hint="set it to a JSONL file, a dataset's name or {task: tickets}")
     from sft_dist.evaluate.compare import write_held_out
 

@@ -55,7 +55,7 @@ def _answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, lab
         start = rendered.find(label, len(text))
         if rendered.startswith(text) and start >= 0:
             return rendered[: start + len(label)], start
-    glue = "" if text[-1:].isspace() else " "
+    glue = " " if isinstance(prompt, str) and not text[-1:].isspace() else ""
     return text + glue + label, len(text + glue)
 
 

@@ -46,7 +46,7 @@ def varlen_attention(
         # Sliding windows, soft caps and attention sinks change the result: better no answer than another one.
         raise ConfigError(
             f"this model's attention has a window, cap or sink that {NAME} does not compute",
-            hint="set model.attn_implementation=eager (or sdpa, where the model allows it)",
+            hint="set model.attn_implementation=sdpa, or eager for a cap or a sink",
         )
     query, key = query.to(value.dtype), key.to(value.dtype)
     documents = [

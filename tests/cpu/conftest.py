@@ -69,7 +69,7 @@ def new_run(tmp_path: Path, tiny_model_dir: Path) -> NewRun:
         loaded = load_config("smoke", [f"run.name={name}", f"run.dir={tmp_path / 'runs'}", *overrides])
         with pytest.MonkeyPatch.context() as patch:
             if not proved:
-                patch.setattr(stages, "prove_here", lambda config: None)
+                patch.setattr(stages, "prove_here", lambda config, run: [])
             return stages.new_run(loaded)
 
     return create_one

@@ -17,6 +17,7 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sft_dist.errors import ConfigError
 from sft_dist.train import loss
 from sft_dist.train.attention import NAME, register
 
@@ -154,7 +155,7 @@ def test_a_sliding_window_shorter_than_the_row_is_refused() -> None:
     config = MistralConfig(**SIZES, sliding_window=8)
     config._attn_implementation = NAME
     model = MistralForCausalLM(config)
-    with pytest.raises(RuntimeError, match="attn_implementation=sdpa"):
+    with pytest.raises(ConfigError, match="attn_implementation=sdpa"):
         logits_of(model, joined(documents()))
 
 

@@ -327,9 +327,9 @@ def test_thinking_is_off_for_the_labels_too_if_it_is_off_for_the_answers(
     seen: list[str] = []
     real = likelihood._score_batch
 
-    def spy(model: Any, prompts: Sequence[Sequence[int]], *rest: Any) -> torch.Tensor:
-        seen.extend(loaded.tokenizer.decode(ids) for ids in prompts)
-        return real(model, prompts, *rest)
+    def spy(model: Any, rows: Any, shared: Sequence[int], *rest: Any) -> torch.Tensor:
+        seen.extend(loaded.tokenizer.decode(row[0].ids[:length]) for row, length in zip(rows, shared, strict=True))
+        return real(model, rows, shared, *rest)
 
     monkeypatch.setattr(likelihood, "_score_batch", spy)
     loaded.tokenizer.chat_template += (
@@ -393,7 +393,8 @@ def test_evaluation_writes_answers_and_scores(loaded: Loaded, new_run: NewRun, m
         return ["Hi!", "Bye!"] if len(prompts) == 2 else [f" {expected[0]}\n", *["wrong"] * 5]
 
     monkeypatch.setattr("sft_dist.evaluate.generate.generate", answer)
-    part = evaluate_model(config, run, loaded, "before")
+    evaluate_model(config, run, loaded, "before")
+    part = read_json(run.scores)["before"]
     rows = read_jsonl(run.eval / "before.jsonl")
     assert [row["kind"] for row in rows] == ["question"] * 2 + ["scored"] * 6
     assert [row["answer"] for row in rows[:2]] == ["Hi!", "Bye!"]

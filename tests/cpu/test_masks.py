@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from sft_dist.config.schema import Config, ModelConfig
+from sft_dist.config.schema import Config, DataConfig, ModelConfig, SourceConfig
 from sft_dist.data.formats import Example, parse_row
 from sft_dist.data.prepare import prepare
 from sft_dist.data.template import choose_template, render_trained
 from sft_dist.data.tokenize import IGNORED, TokenizedRow, tokenize
-from sft_dist.errors import ConfigError, DataError
+from sft_dist.errors import ConfigError, DataError, PreflightError
 from sft_dist.train.tokenizer import RunTokenizer, load_tokenizer
 
 HUGE = 10**9
@@ -88,11 +88,6 @@ def assert_trained(tokens: RunTokenizer, row: TokenizedRow, *answers: str) -> No
         around = [f"\n{text}\n" for text in expected]
         expected = [wide if text == wide else exact for text, wide, exact in zip(found, around, expected, strict=True)]
     assert found == expected
-
-
-def test_nothing_around_the_answer_is_trained(tokens: RunTokenizer) -> None:
-    (row,) = rows_of(tokens, chat("Hi", "Hello!", "Bye", "Goodbye!"))
-    assert trained_texts(tokens, row) == [as_trained(tokens, "Hello!"), as_trained(tokens, "Goodbye!")]
 
 
 def test_the_four_ways_to_a_mask_are_the_ones_meant(tokens: RunTokenizer, request: pytest.FixtureRequest) -> None:
@@ -230,14 +225,12 @@ def test_a_tokenizer_that_trims_offsets_still_trains_white_space(tiny_tokens: Ca
     assert trained_texts(tokens, row) == [words + END] * 2
 
 
-def test_a_tokenizer_without_offsets_is_refused(tiny_tokens: Callable[..., RunTokenizer]) -> None:
-    tokens = tiny_tokens()
+def test_a_tokenizer_without_offsets_is_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedTokenizerFast
 
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(ConfigError, match="the tokenizer Slow cannot say"):
-        list(tokenize([chat("a", "b")], Slow(), tokens.template, max_length=9))  # type: ignore[arg-type]
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: False))
+    with pytest.raises(PreflightError, match="cannot say which characters a token came from"):
+        load_tokenizer(ModelConfig(name=str(tiny_model_dir)))
 
 
 # --- the choice of a template ----------------------------------------------------------------------------------------
@@ -338,7 +331,7 @@ def test_a_vocabulary_without_chatmls_tokens_gets_them(tmp_path: Path, tiny_mode
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>").save_pretrained(tmp_path / "base")
     tokens = load_tokenizer(ModelConfig(name=str(tiny_model_dir), tokenizer=str(tmp_path / "base")))
     assert tokens.template.new_tokens == ("<|im_start|>", END)
-    assert (tokens.base_length, len(tokens.tokenizer)) == (257, 259)
+    assert len(tokens.tokenizer) == 259
     assert tokens.tokenizer.eos_token == END
     (row,) = rows_of(tokens, chat("Hi", "Hello!"))
     assert trained_texts(tokens, row) == [f"Hello!{END}"]
@@ -372,14 +365,20 @@ def test_a_template_that_marks_only_some_answers_is_refused(
         tiny_tokens(chat_template=template_file(tmp_path, HALF_MARKED))
 
 
-def test_a_template_that_refuses_the_roles_is_a_config_error(
-    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path
-) -> None:
+def test_a_row_that_the_template_refuses_is_named_or_dropped(tiny_model_dir: Path, tmp_path: Path) -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    rows = [message_row("Hi", "Hello!"), message_row("Bye", "Goodbye!")]
+    rows[1]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
     for body in (UNMARKED, MARKED):
-        tokens = tiny_tokens(chat_template=template_file(tmp_path, refusing + body))
-        with pytest.raises(ConfigError, match="no system here"):
-            rows_of(tokens, chat("Hi", "Hello!", system="Be brief."))
+        model = ModelConfig(name=str(tiny_model_dir), chat_template=template_file(tmp_path, refusing + body))
+        tokens = load_tokenizer(model)
+        strict = Config(model=model, data=DataConfig(train=SourceConfig(path=str(file))))
+        with pytest.raises(DataError, match=r"rows\.jsonl:2: the chat template refuses .*no system here"):
+            prepare(strict, tokens.tokenizer, tokens.template, tmp_path / "cache")
+        loose = strict.model_copy(update={"data": strict.data.model_copy(update={"on_bad_row": "drop"})})
+        counts = prepare(loose, tokens.tokenizer, tokens.template, tmp_path / "cache").ledger["train"]
+        assert (counts["rows_in"], counts["rows"], counts["dropped_refused_by_template"]) == (2, 1, 1)
 
 
 # --- the same as TRL -------------------------------------------------------------------------------------------------
@@ -490,6 +489,7 @@ def test_the_ledger_counts_what_is_cut_and_dropped(tiny_tokens: Callable[..., Ru
         "rows_in": 3,
         "rows": 2,
         "dropped_bad_rows": 0,
+        "dropped_refused_by_template": 0,
         "dropped_answer_empty": 0,
         "dropped_answer_cut_off": 1,
         "truncated_rows": 2,
