@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from sft_dist.errors import ConfigError
 
 NAME = "sft_dist_varlen"
+# Up to so many tokens torch's SDPA is faster in float32 than in bfloat16 on a CPU (147 tokens: 1.6 against 2.8 ms forward
+# and backward, 400: equal, Zen 5); and more exact.
+FLOAT32_UP_TO = 400
 
 
 def varlen_attention(
@@ -48,21 +51,30 @@ def varlen_attention(
             f"this model's attention has a window, cap or sink that {NAME} does not compute",
             hint="set model.attn_implementation=sdpa, or eager for a cap or a sink",
         )
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     query, key = query.to(value.dtype), key.to(value.dtype)
-    documents = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=True,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for start, end in itertools.pairwise(bounds)
-        if end > start
-    ]
-    return torch.cat(documents, dim=2).transpose(1, 2).contiguous(), None
+    # split, not slices: the gradient of a split is one concatenation, that of a slice a row of zeros for each document.
+    documents = zip(*(torch.split(part, lengths, 2) for part in (query, key, value)), strict=True)
+    joined = torch.cat([_attend(q, k, v, scaling, dropout) for q, k, v in documents], dim=2)
+    return joined.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
+) -> torch.Tensor:
+    dtype = value.dtype
+    if query.device.type == "cpu" and query.shape[2] <= FLOAT32_UP_TO:
+        query, key, value = query.float(), key.float(), value.float()
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=True,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.to(dtype)
 
 
 def register() -> None:

@@ -70,23 +70,28 @@ class _HeadLoss(torch.autograd.Function):
         # Evaluation under no_grad needs no gradient; needs_input_grad says so.
         wants_gradient = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
-        # Summed over chunks in float32: rounding each partial sum to bfloat16 would bias the gradient.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if wants_gradient else None
+        grad_weight: torch.Tensor | None = None
         size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+        one_chunk = hidden.shape[0] <= size
         for start in range(0, hidden.shape[0], size):
             rows, wanted = hidden[start : start + size], targets[start : start + size, None]
             logits = rows @ weight.t()
             correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
             log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             loss -= log_probs.gather(1, wanted).sum()
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             grad = log_probs.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
             grad = grad.div_(divisor).to(weight.dtype)
             grad_hidden[start : start + size] = grad @ weight
-            grad_weight += grad.t() @ rows
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            product = grad.t() @ rows
+            # Several chunks are summed in float32: rounding each partial sum to bfloat16 would bias the gradient.
+            if grad_weight is None:
+                grad_weight = product if one_chunk else product.float()
+            else:
+                grad_weight += product
+        if wants_gradient:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(correct)
         return loss / divisor, correct

@@ -18,6 +18,7 @@ from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, resolve
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
+from sft_dist.train.cpu import settle_cpu
 from sft_dist.train.environment import environment
 from sft_dist.train.progress import Progress
 
@@ -80,10 +81,8 @@ def resolve_here(config: Config) -> Resolved:
     if resolved.plan == "single":
         # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads of libgomp that wait for each other spin; with another process on the same cores they spin away each
-        # other's time. A short spin costs nothing alone and is 16 times as fast then (docs/decisions.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if resolved.plan == "cpu":
+        settle_cpu()
     import torch
 
     from sft_dist.train.quiet import quiet_libraries
