@@ -119,7 +119,7 @@ class TrainConfig(Section):
     global_batch_size: Count = 8
     """Rows in one optimizer step over all devices; accumulation follows from it."""
     per_device_train_batch_size: Count | Auto = "auto"
-    """Rows that one device takes through the model at once; `auto` divides `global_batch_size` evenly."""
+    """Rows that one device takes through the model at once; `auto` divides `global_batch_size` evenly and follows from the longest row."""
     per_device_eval_batch_size: Count = 8
     """Rows at once in evaluation."""
     gradient_checkpointing: bool | Auto = "auto"

@@ -111,6 +111,7 @@ def _tokenize_split(
         "dropped_answer_cut_off": 0,
         "truncated_rows": 0,
         "truncated_tokens": 0,
+        "longest_row": 0,
         "tokens": 0,
         "trained_tokens": 0,
     }
@@ -133,6 +134,7 @@ def _tokenize_split(
                 continue
             counts["rows"] += 1
             counts["tokens"] += len(row.input_ids)
+            counts["longest_row"] = max(counts["longest_row"], len(row.input_ids))
             counts["trained_tokens"] += row.trained
             yield {"input_ids": row.input_ids, "labels": row.labels}
 

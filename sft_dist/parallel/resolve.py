@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,17 +92,33 @@ def _attention(config: Config, plan: str, notes: list[str]) -> str:
     return "sdpa"
 
 
-def _batch(config: Config, plan: str, notes: list[str]) -> tuple[int, int]:
+def with_longest_row(config: Config, resolved: Resolved, longest: int) -> Resolved:
+    """`resolved` once the rows are tokenised: an `auto` micro batch follows from the longest row, not from max_length."""
+    notes: list[str] = []
+    micro, accumulation = _batch(config, resolved.plan, notes, longest)
+    if micro == resolved.per_device_train_batch_size:
+        return resolved
+    return dataclasses.replace(
+        resolved,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        decisions=(*resolved.decisions, *notes),
+    )
+
+
+def _batch(config: Config, plan: str, notes: list[str], longest: int | None = None) -> tuple[int, int]:
     total, asked = config.train.global_batch_size, config.train.per_device_train_batch_size
     if asked != "auto":
         micro = asked
     else:
         budget = CPU_TOKENS if plan == "cpu" else GPU_TOKENS
-        room = max(1, budget // config.data.max_length)
+        row = config.data.max_length if longest is None else longest
+        room = max(1, budget // row)
         micro = max(size for size in range(1, total + 1) if total % size == 0 and size <= room)
+        what = "max_length" if longest is None else "longest row"
         notes.append(
             f"train.per_device_train_batch_size = {micro}: the largest divisor of global_batch_size {total} "
-            f"within {budget} tokens / max_length {config.data.max_length} = {room} row(s)"
+            f"within {budget} tokens / {what} {row} = {room} row(s)"
         )
     accumulation = total // micro
     notes.append(f"gradient accumulation = {accumulation}: global_batch_size {total} / ({micro} x 1 device)")

@@ -15,7 +15,7 @@ from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped
 from sft_dist.files import read_json, write_json
 from sft_dist.parallel.machine import this_machine
-from sft_dist.parallel.resolve import Resolved, resolve
+from sft_dist.parallel.resolve import Resolved, resolve, with_longest_row
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
 from sft_dist.train.cpu import settle_cpu
@@ -46,6 +46,12 @@ def train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
     prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
     write_json(run.ledger, prepared.ledger)
     log.info("%s", summary(prepared.ledger))
+    refined = with_longest_row(config, resolved, prepared.ledger["train"]["longest_row"])
+    if refined is not resolved:
+        for line in refined.decisions[len(resolved.decisions) :]:
+            log.info("%s", line)
+        resolved = refined
+        write_json(run.env, environment(this_machine(), resolved))
     model = load_model(config.model, tokens, dtype=resolved.dtype, attn_implementation=resolved.attn_implementation)
     facts = {"plan": resolved.plan, "world_size": 1, "data": prepared.ledger["key"], "dtype": resolved.dtype}
     progress = Progress()

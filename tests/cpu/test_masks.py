@@ -494,6 +494,7 @@ def test_the_ledger_counts_what_is_cut_and_dropped(tiny_tokens: Callable[..., Ru
         "dropped_answer_cut_off": 1,
         "truncated_rows": 2,
         "truncated_tokens": whole(*long_answer) + whole(*long_question) - 2 * limit,
+        "longest_row": limit,
         "tokens": whole(*short) + limit,
         "trained_tokens": count("Hello!") + 1 + limit - opening,
     }

@@ -35,7 +35,8 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (None, (H100, T4, ODD)),
         ("0", (H100,)),
-        ("1,0", (H100, T4)),
+        ("1,0", (T4, H100)),
+        ("MIG-GPU-aaaa1111/1/0", (H100,)),
         ("GPU-bbbb2222", (T4,)),
         ("GPU-bbbb", (T4,)),
         (" 2 ", (ODD,)),
@@ -50,7 +51,7 @@ def test_visible_gpus(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert set(this_machine().gpus) == set(expected)
+    assert this_machine().gpus == expected, "in the order in which CUDA counts them"
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo 'NVIDIA-SMI has failed'"])

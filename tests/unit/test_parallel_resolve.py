@@ -105,3 +105,17 @@ def test_the_global_batch_is_always_met(total: int) -> None:
 def test_padding_free_is_the_varlen_kernel_only() -> None:
     assert not resolved(LAPTOP, model={"attn_implementation": "sdpa"}).padding_free
     assert resolved(GPU_NODE, model={"attn_implementation": "sft_dist_varlen"}).padding_free
+
+
+def test_once_the_rows_are_known_the_micro_batch_follows_from_the_longest() -> None:
+    from sft_dist.parallel.resolve import with_longest_row
+
+    config = Config()
+    first = resolve(config, LAPTOP)
+    assert (first.per_device_train_batch_size, first.gradient_accumulation_steps) == (4, 2), "4096 / max_length 1024"
+    refined = with_longest_row(config, first, 200)
+    assert (refined.per_device_train_batch_size, refined.gradient_accumulation_steps) == (8, 1)
+    assert "longest row 200 = 20 row(s)" in refined.decisions[-2]
+    assert with_longest_row(config, first, 1000) is first
+    fixed = Config.model_validate({"train": {"per_device_train_batch_size": 2}})
+    assert with_longest_row(fixed, resolve(fixed, LAPTOP), 10).per_device_train_batch_size == 2

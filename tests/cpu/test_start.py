@@ -1,0 +1,138 @@
+"""What is proven before a run directory exists, and what keeps two processes out of one run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_dist.config.loader import load_config
+from sft_dist.errors import ConfigError, PreflightError
+from sft_dist.files import read_jsonl
+from sft_dist.rundir import RunDir
+from sft_dist.stages import new_run
+from sft_dist.train.attempt import attempt
+
+
+def refused(folder: Path, *overrides: str) -> ConfigError | PreflightError:
+    """The error with which the smoke recipe is refused; nothing may be left behind."""
+    with pytest.raises((ConfigError, PreflightError)) as caught:
+        new_run(load_config("smoke", [f"run.dir={folder}", *overrides]))
+    assert not (folder / "smoke").exists()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.extra.loss_type=foo", "loss_type 'foo' is not one of nll, dft"),
+        ("train.extra.optim_target_modules=x", "optim_target_modules"),
+    ],
+)
+def test_a_setting_that_would_fail_later_leaves_no_run_behind(
+    tmp_path: Path, tiny_model_dir: Path, override: str, words: str
+) -> None:
+    assert words in str(refused(tmp_path, override))
+
+
+def test_a_model_directory_without_weights_leaves_no_run_behind(tmp_path: Path, tiny_model_dir: Path) -> None:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (copy / file.name).write_bytes(file.read_bytes())
+    error = refused(tmp_path / "runs", f"model.name={copy}")
+    assert isinstance(error, PreflightError)
+    assert "no *.safetensors" in str(error)
+
+
+def test_a_config_without_rows_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("model: {name: 'embedded:tiny'}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data\.train is not set"):
+        new_run(load_config(str(tmp_path / "bare.yaml"), [f"run.dir={tmp_path}"]))
+
+
+def test_an_nvidia_gpu_that_torch_cannot_use_is_one_clear_error(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho '0, GPU-a, Fake GPU, 81559, 9.0'\n", encoding="utf-8")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=":")
+    error = refused(tmp_path / "runs", "parallel.plan=auto")
+    assert isinstance(error, PreflightError)
+    assert "parallel.plan=cpu" in str(error)
+
+
+def test_the_held_out_rows_stay_those_of_the_start(tmp_path: Path, tiny_model_dir: Path) -> None:
+    from sft_dist.evaluate.compare import read_held_out
+
+    file = tmp_path / "held.jsonl"
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}", "category": "sum"} for n in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = new_run(load_config("smoke", [f"run.dir={tmp_path}", f"evaluate.data={file}", "evaluate.labels=[]"]))
+    file.unlink()
+    kept = read_held_out(run)
+    assert [(row.prompt, row.completion, row.fields["category"]) for row in kept] == [
+        (f"{n} + 1 =", f" {n + 1}", "sum") for n in range(3)
+    ]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from sft_dist.rundir import RunDir
+with RunDir(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_kept_out_of_a_run(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = new_run(load_config("smoke", [f"run.dir={tmp_path}"]))
+    other: Any = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"another process \(process {other.pid} on "), attempt(run):
+            pass
+        with pytest.raises(ConfigError, match="another process"):
+            new_run(load_config("smoke", [f"run.dir={tmp_path}"]), overwrite=True)
+        assert run.config.is_file(), "the run that is being worked on is untouched"
+        assert read_jsonl(run.attempts) == []
+    finally:
+        other.communicate("")
+    with attempt(run):  # the lock went with its process
+        assert RunDir(run.path).read_status()["state"] == "running"
+
+
+def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """An evaluation between two log events must not make the training look slower or faster."""
+    from types import SimpleNamespace
+
+    from sft_dist.config.schema import Config
+    from sft_dist.train import callbacks
+    from sft_dist.train.progress import Progress
+    from sft_dist.train.shutdown import StopRequest
+
+    clock = iter([0.0, 2.0, 100.0, 103.0]).__next__
+    recorder = callbacks.RunRecorder(RunDir(tmp_path), Config(), StopRequest(), Progress(), {})
+    state = SimpleNamespace(global_step=0, max_steps=2)
+    control = SimpleNamespace(should_training_stop=False)
+    recorder.on_train_begin(None, state, control)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.time, "monotonic", lambda: clock())
+        for step in (1, 2):  # 2 s and 3 s of work, 98 s of something else between them
+            recorder.on_step_begin(None, state, control)
+            state.global_step = step
+            recorder.on_step_end(None, state, control)
+    recorder.on_log(None, state, control, {"loss": 1.0, "num_tokens": 500})
+    (row,) = read_jsonl(RunDir(tmp_path).metrics)
+    assert row["tokens_per_s"] == 100.0
+    assert row["memory_gib"] > 0
