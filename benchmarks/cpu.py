@@ -1,6 +1,6 @@
 """Training speed on a CPU: sft-dist's defaults against SFTTrainer's own, on the same rows, in turns.
 
-    python benchmarks/cpu.py                                   # the rows of the synthetic tasks tickets and mix
+    python benchmarks/cpu.py                                   # many-turn chats, and the tasks tickets and mix
     python benchmarks/cpu.py --rows chats.json                 # your own rows
     python benchmarks/cpu.py --out benchmarks/results/cpu.json
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -37,7 +38,7 @@ WARM_UP = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded:smollm2-135m")
-    parser.add_argument("--rows", action="append", help="data file, or tickets or mix; may be given several times")
+    parser.add_argument("--rows", action="append", help="data file, or chat, tickets or mix; may be repeated")
     parser.add_argument(
         "--steps", type=int, default=6, help="optimizer steps of a process; the first two are not counted"
     )
@@ -48,7 +49,7 @@ def main() -> None:
     if options.arm:
         print(json.dumps(run_arm(options.arm, options.model, options.rows[0], options.steps)))
         return
-    results = [compare(options, rows) for rows in options.rows or ["tickets", "mix"]]
+    results = [compare(options, rows) for rows in options.rows or ["chat", "tickets", "mix"]]
     record = {"machine": machine(), "model": options.model, "rows_a_step": ROWS_A_STEP, "results": results}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,13 +107,41 @@ def config_for(model: str, rows: str, steps: int) -> Any:
     from sft_dist.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 
     count = steps * ROWS_A_STEP
-    source = {"task": rows, "rows": count} if rows in ("tickets", "mix") else {"path": rows, "sample": count}
+    if rows == "chat":
+        source = {"path": write_chats(count)}
+    elif rows in ("tickets", "mix"):
+        source = {"task": rows, "rows": count}
+    else:
+        source = {"path": rows, "sample": count}
     return Config(
         model=ModelConfig(name=model),
         data=DataConfig(train=SourceConfig(**source)),
         train=TrainConfig(max_steps=steps, global_batch_size=ROWS_A_STEP),
         checkpoint=CheckpointConfig(save_strategy="no"),
     )
+
+
+def write_chats(count: int) -> str:
+    """A JSONL file of many-turn chats, lengths lognormal: median about 350 tokens, 99th percentile about 2,000.
+
+    The turns are those of the synthetic task `mix`; four characters count as a token, and six more tokens for each turn.
+    """
+    import random
+
+    from sft_dist.data.mix import mix
+
+    random_lengths = random.Random(0)
+    turns = mix(60 * count, seed=1)
+    lines = []
+    for _ in range(count):
+        wanted = random_lengths.lognormvariate(math.log(350), 0.75)
+        messages: list[dict[str, str]] = []
+        while sum(len(message["content"]) / 4 + 6 for message in messages) < wanted:
+            messages += [message for message in next(turns)["messages"] if message["role"] != "system"]
+        lines.append(json.dumps({"messages": messages}))
+    path = Path(tempfile.gettempdir()) / f"sft-dist-benchmark-chats-{count}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
 
 
 def build(resolved: Any, model: str, rows: str, steps: int, scratch: str) -> Any:
