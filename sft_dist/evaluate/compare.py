@@ -62,6 +62,9 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
 def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> None:
     """Write eval/WHEN.jsonl, and scores.json if there are held-out rows."""
     started = time.monotonic()
+    if config.evaluate.data is not None and not run.held_out.is_file():
+        # A run that `python -m sft_dist.train CONFIG` made, which evaluates nothing, has not kept them yet.
+        write_held_out(run, held_out_rows(config, loaded.tokenizer))
     held_out = read_held_out(run)
     rows = _ask(config, loaded)
     rows += _score(config, loaded, held_out) if held_out else []

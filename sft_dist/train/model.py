@@ -20,7 +20,7 @@ def find_model(model: ModelConfig) -> None:
     source = resolve_model(model.name)
     try:
         AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        if Path(source).is_dir() and not any(Path(source).glob(pattern) for pattern in ("*.safetensors", "*.bin")):
+        if Path(source).is_dir() and not [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
             raise OSError("no *.safetensors in it")
     except (OSError, ValueError, ImportError) as error:
         raise missing_model(model, source, "model", error) from None

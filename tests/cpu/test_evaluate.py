@@ -513,3 +513,15 @@ def test_chat_keeps_the_conversation_until_it_is_reset(finished: RunDir, monkeyp
     assert seen[1].endswith(f"user\nsecond{END}\n<|im_start|>assistant\n")
     assert seen[2] == seen[0].replace("first", "third")
     assert next(lines) == "never"
+
+
+def test_a_run_that_has_not_kept_its_held_out_rows_reads_them_from_their_source(
+    loaded: Loaded, new_run: NewRun
+) -> None:
+    """`python -m sft_dist.train CONFIG` makes such a run; scoring it later must not score nothing."""
+    run = new_run("evaluate.data.rows=3", "evaluate.generation.max_new_tokens=1")
+    kept = run.held_out.read_text(encoding="utf-8")
+    run.held_out.unlink()
+    evaluate_model(load_run_config(run.config), run, loaded, "before")
+    assert read_json(run.scores)["n"] == 3
+    assert run.held_out.read_text(encoding="utf-8") == kept
