@@ -13,6 +13,10 @@ from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
     from sft_dist.data.formats import Example
 
 log = logging.getLogger(__name__)
@@ -126,8 +130,24 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
             assistant_only_loss=data.assistant_only_loss,
         )
     )
-    pieces = [tokens.tokenizer.decode([token]) for token in chosen.input_ids]
-    return [rows_table(examples, rows), tokens_view(pieces, [label != IGNORED for label in chosen.labels])]
+    trained = [label != IGNORED for label in chosen.labels]
+    return [rows_table(examples, rows), tokens_view(_pieces(tokens.tokenizer, chosen.input_ids, trained), trained)]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[str]:
+    """Each token as text; of several tokens that make up one character the last one shows it, the others nothing."""
+    pieces: list[str] = []
+    held: list[int] = []
+    for index, token in enumerate(ids):
+        held.append(token)
+        text = tokenizer.decode(held)
+        last = index + 1 == len(ids) or trained[index + 1] != trained[index]
+        if text.endswith("\ufffd") and len(held) < 4 and not last:
+            pieces.append("")
+        else:
+            pieces.append(text)
+            held = []
+    return pieces
 
 
 def report_here(run: RunDir) -> None:

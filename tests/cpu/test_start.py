@@ -136,3 +136,16 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     (row,) = read_jsonl(RunDir(tmp_path).metrics)
     assert row["tokens_per_s"] == 100.0
     assert row["memory_gib"] > 0
+
+
+def test_the_preview_shows_characters_of_several_tokens_whole(tiny_model_dir: Path) -> None:
+    from sft_dist.config.schema import ModelConfig
+    from sft_dist.stages import _pieces
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(ModelConfig(name="embedded:tiny")).tokenizer
+    ids = tokenizer("Zürich 理论 🙂!")["input_ids"]
+    pieces = _pieces(tokenizer, ids, [True] * len(ids))
+    assert len(pieces) == len(ids), "a piece for each token, so that the counts stay right"
+    assert "".join(pieces) == "Zürich 理论 🙂!"
+    assert "\ufffd" in tokenizer.decode(ids[:-3]), "the emoji is made of several tokens"
