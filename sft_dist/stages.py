@@ -131,7 +131,8 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
         )
     )
     trained = [label != IGNORED for label in chosen.labels]
-    return [rows_table(examples, rows), tokens_view(_pieces(tokens.tokenizer, chosen.input_ids, trained), trained)]
+    pieces = _pieces(tokens.tokenizer, chosen.input_ids, trained)
+    return [rows_table(examples, rows), tokens_view(pieces, trained, title=examples[row - 1].where)]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[str]:

@@ -37,13 +37,8 @@ class Problem:
         return f"{self.path}   {self.text}"
 
 
-def check_rules(config: Config) -> list[str]:
-    """A line for each contradiction between fields of `config`; [] if it holds together."""
-    return [problem.line for problem in rule_problems(config)]
-
-
 def rule_problems(config: Config) -> list[Problem]:
-    """Like `check_rules`, as Problems."""
+    """Each contradiction between fields of `config`; [] if it holds together."""
     checks = (_names, _sources, _batch_sizes, _strategies, _shares, _generation, _labels, _extra)
     return [problem for check in checks for problem in check(config)]
 

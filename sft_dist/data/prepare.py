@@ -121,7 +121,7 @@ def _tokenize_split(
             examples, tokenizer, template, max_length=data.max_length, assistant_only_loss=data.assistant_only_loss
         )
         for example, row in zip(examples, tokenized, strict=True):
-            problem = row.problem or ("the answer tokenises to nothing, so there is nothing to train on")
+            problem = row.problem or "the answer tokenises to nothing, so there is nothing to train on"
             if row.answer == 0 and data.on_bad_row == "error":
                 raise DataError(
                     f"{example.where}: {problem}", hint="mend the row, or leave such rows out with data.on_bad_row=drop"

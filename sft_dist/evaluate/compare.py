@@ -74,8 +74,8 @@ def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> N
         update_scores(run)
 
 
-def update_scores(run: RunDir) -> dict[str, Any]:
-    """Write scores.json from eval/before.jsonl and eval/after.jsonl, as far as they are there; returns its content."""
+def update_scores(run: RunDir) -> None:
+    """Write scores.json from eval/before.jsonl and eval/after.jsonl, as far as they are there."""
     from sft_dist.evaluate.score import summarise
 
     parts = {when: read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after")}
@@ -83,7 +83,6 @@ def update_scores(run: RunDir) -> dict[str, Any]:
     scores: dict[str, Any] = {when: summarise(rows) for when, rows in scored.items() if rows}
     scores["n"] = max(len(rows) for rows in scored.values())
     write_json(run.scores, scores)
-    return scores
 
 
 def wants_evaluation(config: Config) -> bool:

@@ -19,7 +19,6 @@ from sft_dist.train.shutdown import StopRequest
 class Attempt:
     """The attempt that is under way."""
 
-    number: int
     stop: StopRequest
     facts: dict[str, Any] = field(default_factory=dict)
     """What the training adds to the line in attempts.jsonl: first_step, last_step."""
@@ -29,7 +28,8 @@ class Attempt:
 def attempt(run: RunDir) -> Iterator[Attempt]:
     """Enter an attempt: signals are caught, the state is `running`; when the block ends, how it ended is written.
 
-    A second process that enters the same run is refused (ConfigError). A requested stop leaves as RunStopped, whatever stage it interrupted; other exceptions pass unchanged.
+    A second process that enters the same run is refused (ConfigError). A requested stop leaves as RunStopped, whatever
+    stage it interrupted; other exceptions pass unchanged.
     """
     with run.locked():
         yield from _attempt(run)
@@ -41,7 +41,7 @@ def _attempt(run: RunDir) -> Iterator[Attempt]:
     run.write_status(state="running", reason=None, attempt=number)
     state, reason = "done", None
     with StopRequest() as stop:
-        current = Attempt(number, stop)
+        current = Attempt(stop)
         try:
             yield current
         except (RunStopped, KeyboardInterrupt) as error:

@@ -65,7 +65,7 @@ def test_every_recipe_fits_the_schema_and_loads(validator, name):
     ],
 )
 def test_the_schema_accepts_what_users_write(validator, text):
-    validator.validate(parse_yaml(text, "x"))
+    assert not list(validator.iter_errors(parse_yaml(text, "x")))
 
 
 @pytest.mark.parametrize(

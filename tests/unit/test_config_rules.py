@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import sft_dist
-from sft_dist.config.rules import check_rules
+from sft_dist.config.rules import rule_problems
 from sft_dist.config.schema import Config
 from sft_dist.config.sft_fields import known_sft_fields, refused_extra
 
 
 def problems(**sections):
-    return check_rules(Config.model_validate(sections))
+    return [problem.line for problem in rule_problems(Config.model_validate(sections))]
 
 
 def test_the_defaults_hold_together():
