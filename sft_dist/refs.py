@@ -13,6 +13,7 @@ from typing import Any
 from sft_dist.config.explain import json_schema
 from sft_dist.config.sft_fields import known_sft_fields, sft_config_fields
 from sft_dist.files import write_text
+from sft_dist.parallel.launch_files import launch_files
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def light_files() -> dict[str, str]:
     return {
         "docs/config.md": config_reference(schema),
         "docs/sft-dist.schema.json": json.dumps(schema, indent=2) + "\n",
+        **launch_files(),
     }
 
 

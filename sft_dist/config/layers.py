@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config.rules import did_you_mean, shown
+from sft_dist.config.problem import did_you_mean, shown
 from sft_dist.config.schema import SOURCES, expand_sources
 from sft_dist.config.yaml12 import parse_yaml, read_yaml
 from sft_dist.errors import ConfigError

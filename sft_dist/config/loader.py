@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.layers import Layer, document_layers, list_recipes, open_document, override_layer, read_recipe
+from sft_dist.config.problem import Problem
 from sft_dist.config.problems import validate
-from sft_dist.config.rules import Problem
 from sft_dist.config.schema import SOURCES, Config
 from sft_dist.config.yaml12 import dump_yaml, parse_yaml
 from sft_dist.errors import ConfigError

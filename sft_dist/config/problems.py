@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sft_dist.config.rules import Problem, did_you_mean, rule_problems, shown
+from sft_dist.config.problem import Problem, did_you_mean, shown
+from sft_dist.config.rules import rule_problems
 from sft_dist.config.schema import Config
 from sft_dist.config.spelling import submodel, suggest
 

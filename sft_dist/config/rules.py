@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sft_dist.config.problem import Problem, did_you_mean, shown
+from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import SOURCES, Config, GenerationConfig, SourceConfig
 from sft_dist.config.sft_fields import known_sft_fields, refused_extra
 from sft_dist.config.spelling import suggest
@@ -17,42 +15,15 @@ from sft_dist.rundir import check_run_name
 
 EMBEDDED_MODELS = ("embedded:smollm2-135m", "embedded:tiny")
 CHAT_TEMPLATES = ("auto", "chatml", "plain")
-# All plans of this version run one process.
-WORLD_SIZE = 1
 # Fields of a data source that mean nothing for the other kind.
 OF_TASK = ("rows", "seed")
 OF_PATH = ("name", "split", "revision")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One mistake: the field's dotted path, what is wrong, and the other fields that the judgement rests on."""
-
-    path: str
-    text: str
-    rests_on: tuple[str, ...] = ()
-
-    @property
-    def line(self) -> str:
-        return f"{self.path}   {self.text}"
-
-
 def rule_problems(config: Config) -> list[Problem]:
     """Each contradiction between fields of `config`; [] if it holds together."""
-    checks = (_names, _sources, _batch_sizes, _strategies, _shares, _generation, _labels, _extra)
+    checks = (_names, _sources, _batch_sizes, _strategies, _shares, _generation, _labels, _extra, parallel_problems)
     return [problem for check in checks for problem in check(config)]
-
-
-def shown(value: Any) -> str:
-    """`value` as an error message shows it: text in quotes, the rest as YAML would have it, cut after 60 characters."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def did_you_mean(word: str, known: Any, cutoff: float = 0.6) -> str:
-    """'; did you mean X?' for the nearest of `known`, '' if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -89,19 +60,31 @@ def _sources(config: Config) -> Iterator[Problem]:
 
 
 def _batch_sizes(config: Config) -> Iterator[Problem]:
+    """The sizes that do not divide; how many processes there are is known only where the config says so."""
     total, micro = config.train.global_batch_size, config.train.per_device_train_batch_size
-    if micro == "auto" or total % (micro * WORLD_SIZE) == 0:
+    devices = _data_parallel_size(config)
+    step = devices * (1 if micro == "auto" else micro)
+    if total % step == 0:
         return
-    step = micro * WORLD_SIZE
     totals = " or ".join(str(size) for size in (total // step * step, (total // step + 1) * step) if size)
-    micros = [size for size in range(1, total + 1) if total % (size * WORLD_SIZE) == 0]
-    nearest = sorted(sorted(micros, key=lambda size: abs(size - micro))[:4])
-    yield Problem(
-        "train.global_batch_size",
-        f"{total} is not divisible by per_device_train_batch_size {micro} x {WORLD_SIZE} device = {step}; "
-        f"use {totals}, or per_device_train_batch_size {', '.join(map(str, nearest))} or auto",
-        ("train.per_device_train_batch_size",),
-    )
+    rests_on = ["parallel.num_processes", "parallel.sequence_parallel_size"] if devices > 1 else []
+    how_many = f"{devices} device{'s' * (devices > 1)}"
+    if micro == "auto":
+        text = f"{total} is not divisible by {how_many}; use {totals}"
+    else:
+        rests_on = ["train.per_device_train_batch_size", *rests_on]
+        micros = [size for size in range(1, total + 1) if total % (size * devices) == 0]
+        nearest = sorted(sorted(micros, key=lambda size: abs(size - micro))[:4])
+        text = f"{total} is not divisible by per_device_train_batch_size {micro} x {how_many} = {step}; use {totals}"
+        if nearest:
+            text += f", or per_device_train_batch_size {', '.join(map(str, nearest))} or auto"
+    yield Problem("train.global_batch_size", text, tuple(rests_on))
+
+
+def _data_parallel_size(config: Config) -> int:
+    """Processes that see different rows, as far as the config knows: a run may have several times as many."""
+    processes, shared = config.parallel.num_processes, config.parallel.sequence_parallel_size
+    return processes // shared if processes != "auto" and processes % shared == 0 else 1
 
 
 def _strategies(config: Config) -> Iterator[Problem]:

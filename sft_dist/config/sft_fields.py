@@ -12,20 +12,26 @@ FOLLOWS = dict.fromkeys(
     ("gradient_accumulation_steps", "gradient_accumulation", "grad_accum_steps", "accumulation_steps"),
     "follows from train.global_batch_size / (train.per_device_train_batch_size x devices)",
 )
+# Fields of `train` that SFTConfig does not have.
+_OURS = ("extra", "global_batch_size", "compile_layers")
 _BY_SFT_DIST = "is set by sft-dist and cannot be changed here"
 SET_ELSEWHERE = {
-    **{name: f"train.{name}" for name in TrainConfig.model_fields if name not in ("extra", "global_batch_size")},
+    **{name: f"train.{name}" for name in TrainConfig.model_fields if name not in _OURS},
     "activation_checkpointing": "train.gradient_checkpointing",
     "assistant_only_loss": "data.assistant_only_loss",
     "bf16": "model.dtype",
     "bf16_full_eval": "model.dtype",
     "chat_template_path": "model.chat_template",
     "data_seed": "run.seed",
+    "deepspeed": "parallel.plan (zero1, zero2 or zero3)",
     "fp16": "model.dtype",
     "fp16_full_eval": "model.dtype",
+    "fsdp": "parallel.plan (fsdp2)",
+    "fsdp_config": "parallel (plan, offload, hybrid_shard)",
     "max_length": "data.max_length",
     "model_init_kwargs": "model (dtype, attn_implementation, revision)",
     "output_dir": "run.dir and run.name",
+    "parallelism_config": "parallel (hybrid_shard, sequence_parallel_size)",
     "project": "tracking.project",
     "report_to": "tracking.report_to",
     "run_name": "run.name",
@@ -33,6 +39,9 @@ SET_ELSEWHERE = {
     "save_strategy": "checkpoint.save_strategy",
     "save_total_limit": "checkpoint.keep",
     "seed": "run.seed",
+    "torch_compile": "train.compile_layers",
+    "torch_compile_backend": "train.compile_layers",
+    "torch_compile_mode": "train.compile_layers",
     "trust_remote_code": "model.trust_remote_code",
     "use_cpu": "parallel.plan",
 }
@@ -45,10 +54,6 @@ SET_BY_SFT_DIST = {
     **dict.fromkeys(("shuffle_dataset",), "rows are shuffled by run.seed"),
     **dict.fromkeys(("eos_token", "pad_token"), "they come from the model and its chat template"),
     **dict.fromkeys(("dataset_num_proc",), "rows are tokenised before"),
-    **dict.fromkeys(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        "the loss is computed outside the model's forward",
-    ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the commands say what is done"),
     **dict.fromkeys(("disable_tqdm", "log_level", "log_level_replica", "logging_strategy"), "logs have one form"),
     **dict.fromkeys(
@@ -63,8 +68,9 @@ SET_BY_SFT_DIST = {
     **dict.fromkeys(("load_best_model_at_end",), "complete checkpoints are kept by age, see checkpoint.keep"),
     **dict.fromkeys(("enable_jit_checkpoint",), "a run that is asked to stop always saves"),
     **dict.fromkeys(("auto_find_batch_size",), "it would change train.global_batch_size"),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "see parallel.plan"),
-    **dict.fromkeys(("accelerator_config", "local_rank"), "see parallel.plan"),
+    **dict.fromkeys(("accelerator_config", "local_rank", "ddp_backend"), "see parallel.plan"),
+    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_broadcast_buffers"), "every parameter is used in every step"),
+    **dict.fromkeys(("average_tokens_across_devices",), "a token counts the same on any number of devices"),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_strategy"), "a run leaves its machine by export"),
     **dict.fromkeys(("hub_private_repo", "hub_always_push", "hub_revision"), "a run leaves its machine by export"),
 }

@@ -218,7 +218,10 @@ def test_five_mistakes_in_files_and_overrides_are_five_lines(recipes):
             "assistant_only_loss, on_bad_row)"
         ),
         "train.learning_rate   'fast' is not a number (in file base.yaml)",
-        "parallel.plan   'zero4' is not one of auto, cpu, single",
+        (
+            "parallel.plan   'zero4' is not one of cpu, single, ddp, zero1, zero2, zero3, fsdp2, auto; "
+            "did you mean zero3?"
+        ),
         (
             "train.global_batch_size   10 is not divisible by per_device_train_batch_size 4 x 1 device = 4; use 8 or 12, "
             "or per_device_train_batch_size 1, 2, 5, 10 or auto"

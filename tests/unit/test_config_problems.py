@@ -44,7 +44,7 @@ def test_a_right_tree_is_a_config():
         ("data", "eval", 3, "3 is not a section (key: value)"),
         ("train", "extra", [1], "[1] is not a mapping (key: value)"),
         ("train", "lr_scheduler_type", "cosin", "did you mean cosine?"),
-        ("parallel", "plan", "zero4", "'zero4' is not one of auto, cpu, single"),
+        ("parallel", "plan", "zero4", "fsdp2, auto; did you mean zero3?"),
         ("evaluate", "questions", "Who?", "'Who?' is not a list; write [\"Who?\"]"),
         ("model", "name", "x" * 99, ""),
     ],

@@ -35,6 +35,54 @@ def test_an_indivisible_batch_comes_with_values_that_work(total, micro, advice):
     assert all(total % int(size) == 0 for size in offered)
 
 
+@pytest.mark.parametrize(
+    ("total", "micro", "parallel", "advice"),
+    [
+        (
+            12,
+            2,
+            {"num_processes": 4},
+            "12 is not divisible by per_device_train_batch_size 2 x 4 devices = 8; use 8 or 16, or ",
+        ),
+        (
+            10,
+            2,
+            {"num_processes": 4},
+            "10 is not divisible by per_device_train_batch_size 2 x 4 devices = 8; use 8 or 16",
+        ),
+        (10, "auto", {"num_processes": 4}, "10 is not divisible by 4 devices; use 8 or 12"),
+        (3, "auto", {"num_processes": 4}, "3 is not divisible by 4 devices; use 4"),
+        (
+            6,
+            1,
+            {"num_processes": 8, "sequence_parallel_size": 2, "plan": "zero3"},
+            "6 is not divisible by per_device_train_batch_size 1 x 4 devices = 4; use 4 or 8",
+        ),
+    ],
+)
+def test_an_indivisible_batch_counts_the_processes_that_see_different_rows(total, micro, parallel, advice):
+    train = {"global_batch_size": total, "per_device_train_batch_size": micro}
+    (line,) = problems(train=train, parallel=parallel)
+    assert line.startswith(f"train.global_batch_size   {advice}")
+    offered = line.partition(", or per_device_train_batch_size ")[2].removesuffix(" or auto")
+    assert all(total % (int(size) * 4) == 0 for size in offered.split(", ") if size)
+    assert line.endswith((advice, "or auto"))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {},
+        {"num_processes": 8},
+        {"num_processes": 2},
+        {"num_processes": 8, "sequence_parallel_size": 4, "plan": "zero2"},
+    ],
+)
+def test_a_batch_that_the_processes_can_share_is_fine(parallel):
+    train = {"global_batch_size": 16, "per_device_train_batch_size": 2}
+    assert problems(train=train, parallel=parallel) == []
+
+
 @pytest.mark.parametrize("micro", [1, 2, 5, 10, "auto"])
 def test_a_divisible_batch_is_fine(micro):
     assert problems(train={"global_batch_size": 10, "per_device_train_batch_size": micro}) == []
@@ -115,6 +163,11 @@ def test_a_template_file_that_exists_is_fine():
         ("enable_jit_checkpoint", "set by sft-dist"),
         ("hub_token", "set by sft-dist"),
         ("optim", "set by sft-dist"),
+        ("deepspeed", "set parallel.plan (zero1, zero2 or zero3)"),
+        ("fsdp", "set parallel.plan (fsdp2)"),
+        ("fsdp_config", "set parallel (plan, offload, hybrid_shard)"),
+        ("parallelism_config", "sequence_parallel_size"),
+        ("ddp_find_unused_parameters", "every parameter is used in every step"),
     ],
 )
 def test_extra_refuses_what_has_its_own_place(name, words):
@@ -131,15 +184,13 @@ def test_extra_refuses_every_field_that_train_already_has():
 
 
 def test_extra_refuses_every_argument_that_the_trainer_sets():
-    source = (Path(sft_dist.__file__).parent / "train" / "trainer.py").read_text(encoding="utf-8")
-    function = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "sft_config")
-    keys = [
-        key.value
-        for node in ast.walk(function)
-        if isinstance(node, ast.Dict)
-        for key in node.keys
-        if isinstance(key, ast.Constant)
-    ]
+    source = (Path(sft_dist.__file__).parent / "train" / "arguments.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    keys = [key.value for node in dicts for key in node.keys if isinstance(key, ast.Constant)]
+    # arguments["bf16"] = ...
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)]
+    keys += [node.slice.value for node in assigned if isinstance(node.slice, ast.Constant)]
     set_there = {key for key in keys if isinstance(key, str)} & known_sft_fields()
-    assert "learning_rate" in set_there
+    assert {"learning_rate", "deepspeed", "ddp_find_unused_parameters"} <= set_there
     assert [name for name in sorted(set_there) if refused_extra(name) is None] == []
