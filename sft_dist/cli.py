@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sft_dist.cli_data import TAKES_OVERRIDES, ConfigArgument, Overrides, data_app, load
+from sft_dist.cli_plan import plan
 from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
 from sft_dist.logs import log_to_stderr
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.command(context_settings=TAKES_OVERRIDES)(plan)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -153,6 +155,7 @@ def evaluate(
     """Ask and score a run's model again. Example: sft-dist evaluate demo"""
     from sft_dist.config.loader import load_run_config
     from sft_dist.evaluate.compare import wants_evaluation
+    from sft_dist.parallel.resolve import one_process
     from sft_dist.rundir import find_run
     from sft_dist.stages import evaluate_here, report_here
     from sft_dist.train.worker import resolve_here
@@ -161,7 +164,7 @@ def evaluate(
     settings = load_run_config(found.config)
     if not wants_evaluation(settings):
         raise ConfigError(f"run {found.name} has neither evaluate.questions nor evaluate.data, so nothing to ask")
-    evaluate_here(settings, found, resolve_here(settings), "before" if before else "after")
+    evaluate_here(settings, found, resolve_here(one_process(settings)), "before" if before else "after")
     report_here(found)
     _show_result(found, as_json=as_json)
 
@@ -170,13 +173,14 @@ def evaluate(
 def chat(run: RunArgument) -> None:
     """Talk to a run's model. Example: sft-dist chat demo"""
     from sft_dist.config.loader import load_run_config
+    from sft_dist.parallel.resolve import one_process
     from sft_dist.rundir import find_run
 
     found = find_run(run)
     settings = load_run_config(found.config)
     from sft_dist.train.worker import resolve_here
 
-    resolved = resolve_here(settings)
+    resolved = resolve_here(one_process(settings))
     from transformers import TextStreamer
 
     from sft_dist.evaluate.chat import HELP

@@ -1,125 +1,220 @@
-"""What every `auto` of a config means on a given machine, with the arithmetic behind each decision."""
+"""What every `auto` of a config means on given processors, with the arithmetic behind each decision."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
+from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import Config
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, PreflightError
+from sft_dist.parallel.batch import check_share, share_rows
+from sft_dist.parallel.decide import (
+    VARLEN,
+    decide_attention,
+    decide_compiled,
+    decide_dtype,
+    decide_plan,
+    decide_processes,
+)
 from sft_dist.parallel.machine import Machine
+from sft_dist.parallel.plans import PLANS, Layout
+from sft_dist.parallel.world import World
 
-# Tokens that one device takes through the model at once when the micro batch is `auto`. On a CPU larger batches gain
-# nothing, since every matrix product is already long; on a GPU this many keep a model of about 1B parameters busy.
-CPU_TOKENS = 4096
-GPU_TOKENS = 16384
-# bfloat16 arithmetic in the matrix units came with this compute capability (Ampere).
-BF16_GPU_CAPABILITY = 8.0
+if TYPE_CHECKING:
+    from sft_dist.parallel.planner import Choice
 
 
 @dataclass(frozen=True)
 class Resolved:
     """The values that `auto` stands for, and one line on each decision."""
 
-    plan: Literal["cpu", "single"]
+    layout: Layout
     dtype: Literal["float32", "bfloat16"]
     attn_implementation: str
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
+    compile_layers: bool
     num_threads: int
-    """Threads of the CPU plan."""
+    """Threads of one process on the CPU."""
     decisions: tuple[str, ...]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """The DeepSpeed file that the user launched with; what it sets stands."""
+
+    @property
+    def plan(self) -> str:
+        return self.layout.plan.name
+
+    @property
+    def use_cpu(self) -> bool:
+        return self.layout.use_cpu
+
+    @property
+    def loading_dtype(self) -> str:
+        """The type in which the weights are read: FSDP2's shards are the float32 masters themselves."""
+        return "float32" if self.layout.plan.engine == "fsdp2" else self.dtype
 
     @property
     def padding_free(self) -> bool:
         """Whether a batch is one long row without padding, its documents told apart by their lengths."""
-        return self.attn_implementation == "sft_dist_varlen"
+        return self.attn_implementation == VARLEN
+
+    def facts(self) -> dict[str, Any]:
+        """The values as JSON, without the decisions."""
+        values = {name: getattr(self, name) for name in _PLAIN}
+        layout = {name: getattr(self.layout, name) for name in _LAYOUT}
+        return {"plan": self.plan, **layout, **values}
 
 
-def resolve(config: Config, machine: Machine) -> Resolved:
-    """Decide every `auto` for `machine`; raises ConfigError where the config asks for what it does not have."""
+_PLAIN = (
+    "dtype",
+    "attn_implementation",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "compile_layers",
+    "num_threads",
+)
+_LAYOUT = (
+    "nodes",
+    "processes_per_node",
+    "world_size",
+    "use_cpu",
+    "offload",
+    "hybrid_shard",
+    "sequence_parallel_size",
+)
+
+
+def resolve(config: Config, machine: Machine, world: World | None = None) -> Resolved:
+    """Decide every `auto` for `machine`, or for the processes of `world` where a launcher started some.
+
+    Raises ConfigError where the config asks for what is not there.
+    """
+    world = world or World()
     notes: list[str] = []
-    plan = _plan(config, machine, notes)
-    dtype = _dtype(config, machine, plan, notes)
-    attention = _attention(config, plan, notes)
-    micro, accumulation = _batch(config, plan, notes)
-    checkpointing = config.train.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = plan != "cpu"
-        why = "host memory is ample and recomputing costs a third" if plan == "cpu" else "GPU memory is the limit"
-        notes.append(f"train.gradient_checkpointing = {str(checkpointing).lower()}: {why}")
-    return Resolved(plan, dtype, attention, micro, accumulation, checkpointing, machine.cores, tuple(notes))
+    plan = decide_plan(config, machine, world, notes)
+    use_cpu = plan == "cpu" or not machine.gpus
+    processes = decide_processes(config, machine, world, plan)
+    dtype = decide_dtype(config, machine, use_cpu, notes)
+    attention = decide_attention(config, machine, use_cpu, dtype, notes)
+    compiled = decide_compiled(config, use_cpu, attention, notes)
+    parallel = config.parallel
+    layout = Layout(
+        PLANS["cpu" if plan == "auto" else plan],
+        nodes=world.nodes,
+        processes_per_node=processes,
+        use_cpu=use_cpu,
+        dtype=dtype,
+        gradient_checkpointing=False,
+        offload=parallel.offload,
+        nvme_path=parallel.nvme_path,
+        hybrid_shard=parallel.hybrid_shard,
+        sequence_parallel_size=parallel.sequence_parallel_size,
+    )
+    threads = max(1, machine.cores // processes)
+    undecided = Resolved(layout, dtype, attention, 1, 1, False, compiled, threads, tuple(notes), world.deepspeed or {})
+    resolved = _fitted(config, undecided, machine, plan)
+    _refuse_combinations(config, resolved)
+    return resolved
 
 
-def _plan(config: Config, machine: Machine, notes: list[str]) -> Literal["cpu", "single"]:
-    plan = config.parallel.plan
-    if plan == "single" and not machine.gpus:
-        raise ConfigError(
-            "parallel.plan is 'single' (one GPU), but no CUDA GPU is visible here",
-            hint="set parallel.plan=cpu, or run where nvidia-smi lists a GPU (CUDA_VISIBLE_DEVICES may hide it)",
-        )
-    if plan == "auto":
-        plan = "single" if machine.gpus else "cpu"
-        found = f"{len(machine.gpus)} GPU(s) visible" if machine.gpus else "no GPU visible"
-        notes.append(f"parallel.plan = {plan}: {found}, {machine.cores} CPU core(s)")
-    return plan
+def _refuse_combinations(config: Config, resolved: Resolved) -> None:
+    """ConfigError if what `auto` was decided to be cannot be combined with the rest; the loader knew no plan yet."""
+    if config.parallel.plan != "auto":
+        return
+    decided = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={"plan": resolved.plan}),
+            "train": config.train.model_copy(update={"gradient_checkpointing": resolved.gradient_checkpointing}),
+        }
+    )
+    problems = [problem.line for problem in parallel_problems(decided)]
+    if problems:
+        raise ConfigError(f"parallel.plan = {resolved.plan} was chosen here, and", problems=problems)
 
 
-def _dtype(config: Config, machine: Machine, plan: str, notes: list[str]) -> Literal["float32", "bfloat16"]:
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    if plan == "cpu":
-        fast, unit = machine.cpu_bf16, "the CPU multiplies bfloat16 in hardware"
+def with_rows(config: Config, resolved: Resolved, machine: Machine, ledger: Mapping[str, Any]) -> Resolved:
+    """`resolved` once the rows are tokenised, whose counts `ledger` holds (`longest_row`, `tokens`, `rows`).
+
+    What is `auto` and rests on the rows' length (micro batch, gradient checkpointing) then follows from the longest row
+    instead of data.max_length; the plan stays. Returns `resolved` itself if nothing changes.
+    """
+    longest, mean = int(ledger["longest_row"]), ledger["tokens"] / max(1, ledger["rows"])
+    before = len(resolved.decisions)
+    refined = _fitted(config, resolved, machine, resolved.plan, longest, mean)
+    same = refined.facts() == resolved.facts()
+    return resolved if same else dataclasses.replace(refined, decisions=_last_word(refined.decisions, before))
+
+
+def _last_word(decisions: tuple[str, ...], before: int) -> tuple[str, ...]:
+    """The decisions without those of the first `before` that a later one replaces (the same field)."""
+    later = {line.partition(" = ")[0] for line in decisions[before:]}
+    kept = [line for line in decisions[:before] if line.partition(" = ")[0] not in later]
+    return (*kept, *decisions[before:])
+
+
+def _fitted(
+    config: Config,
+    resolved: Resolved,
+    machine: Machine,
+    plan: str,
+    longest: int | None = None,
+    mean: float | None = None,
+) -> Resolved:
+    """`resolved` with plan, gradient checkpointing and micro batch decided: on GPUs by the planner."""
+    layout, notes = resolved.layout, list(resolved.decisions)
+    check_share(config, layout)
+    asked = config.train.gradient_checkpointing
+    choice = None if layout.use_cpu else _choice(config, resolved, machine, plan, longest, mean)
+    if choice is not None:
+        notes += choice.lines
+        plan, checkpointing = choice.plan, choice.gradient_checkpointing
+        micro, accumulation = choice.per_device_train_batch_size, choice.gradient_accumulation_steps
+        if not choice.fits:
+            notes.append("by this estimate it does not fit; `sft-dist plan` says what to change")
     else:
-        gpu = machine.gpus[0]
-        fast, unit = gpu.compute_capability >= BF16_GPU_CAPABILITY, f"compute capability {gpu.compute_capability}"
-    if fast:
-        notes.append(f"model.dtype = bfloat16: {unit}; the optimizer keeps float32 master weights")
-        return "bfloat16"
-    notes.append("model.dtype = float32: no bfloat16 arithmetic in hardware here")
-    return "float32"
-
-
-def _attention(config: Config, plan: str, notes: list[str]) -> str:
-    if config.model.attn_implementation != "auto":
-        return config.model.attn_implementation
-    if plan == "cpu":
-        notes.append("model.attn_implementation = sft_dist_varlen: rows are joined without padding and kept apart")
-        return "sft_dist_varlen"
-    notes.append("model.attn_implementation = sdpa")
-    return "sdpa"
-
-
-def with_longest_row(config: Config, resolved: Resolved, longest: int) -> Resolved:
-    """`resolved` once the rows are tokenised: an `auto` micro batch follows from the longest row, not from max_length."""
-    notes: list[str] = []
-    micro, accumulation = _batch(config, resolved.plan, notes, longest)
-    if micro == resolved.per_device_train_batch_size:
-        return resolved
+        if plan == "auto":  # a model that the planner cannot count: shard everything, which needs the least
+            plan = "fsdp2" if layout.world_size > 1 else "single"
+            notes.append(f"parallel.plan = {plan}: the planner cannot count this model")
+        checkpointing = asked if asked != "auto" else not layout.use_cpu
+        if asked == "auto":
+            why = "host memory is ample and recomputing costs a third" if layout.use_cpu else "GPU memory is the limit"
+            notes.append(f"train.gradient_checkpointing = {str(checkpointing).lower()}: {why}")
+        micro, accumulation = share_rows(config, layout, notes, longest)
     return dataclasses.replace(
         resolved,
+        layout=dataclasses.replace(layout, plan=PLANS[plan], gradient_checkpointing=checkpointing),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
-        decisions=(*resolved.decisions, *notes),
+        gradient_checkpointing=checkpointing,
+        decisions=tuple(notes),
     )
 
 
-def _batch(config: Config, plan: str, notes: list[str], longest: int | None = None) -> tuple[int, int]:
-    total, asked = config.train.global_batch_size, config.train.per_device_train_batch_size
-    if asked != "auto":
-        micro = asked
-    else:
-        budget = CPU_TOKENS if plan == "cpu" else GPU_TOKENS
-        row = config.data.max_length if longest is None else longest
-        room = max(1, budget // row)
-        micro = max(size for size in range(1, total + 1) if total % size == 0 and size <= room)
-        what = "max_length" if longest is None else "longest row"
-        notes.append(
-            f"train.per_device_train_batch_size = {micro}: the largest divisor of global_batch_size {total} "
-            f"within {budget} tokens / {what} {row} = {room} row(s)"
+def _choice(
+    config: Config, resolved: Resolved, machine: Machine, plan: str, longest: int | None, mean: float | None
+) -> Choice | None:
+    """What the planner chooses for the resolved processes; None for a model that it cannot count."""
+    from sft_dist.parallel.hardware import gpu_model
+    from sft_dist.parallel.planner import choose
+
+    layout = resolved.layout
+    fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update={"plan": plan})})
+    gpu = gpu_model(machine.gpus[0])
+    try:
+        return choose(
+            fixed, layout.processes_per_node, gpu, layout.nodes, longest=longest, mean=mean, dtype=resolved.dtype
         )
-    accumulation = total // micro
-    notes.append(f"gradient accumulation = {accumulation}: global_batch_size {total} / ({micro} x 1 device)")
-    return micro, accumulation
+    except PreflightError:
+        return None
+
+
+def one_process(config: Config) -> Config:
+    """`config` for a process of its own that only answers questions: on the first GPU, else on the CPU."""
+    alone = {"plan": "cpu" if config.parallel.plan == "cpu" else "auto", "num_processes": 1, "offload": "none"}
+    reset = {"nvme_path": None, "hybrid_shard": False, "sequence_parallel_size": 1}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={**alone, **reset})})

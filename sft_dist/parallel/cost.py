@@ -1,0 +1,182 @@
+"""Time of one optimizer step: arithmetic, what moves through memory, launches, communication that nothing hides."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from sft_dist.parallel.architecture import Architecture
+from sft_dist.parallel.hardware import GPUS, GpuModel
+from sft_dist.parallel.memory import FUSED_LAYERS, Batch, layer_activations
+from sft_dist.parallel.plans import Layout
+from sft_dist.parallel.storage import offloaded_bytes
+from sft_dist.parallel.traffic import Sent, Traffic, traffic
+from sft_dist.parallel.weights import Weights
+
+# Share of the peak that a matrix product with 16,384 rows reaches, by the width of the hidden state: 560, 686, 710, 714
+# and 761 of 989 TFLOP/s on an H100 (torch 2.11). Other GPUs: scaled by their `gemm_share` over the H100's.
+GEMM_SHARE = ((576, 0.566), (1024, 0.694), (2048, 0.718), (2560, 0.722), (4096, 0.769))
+# torch's varlen flash attention, forward and backward pass, as a share of the peak: 74 of 989 TFLOP/s at a mean length
+# of 597. It grows with the length l as ATTENTION_LIMIT * l / (l + ATTENTION_HALF); the limit is flash attention 2's.
+ATTENTION_LIMIT = 0.33
+ATTENTION_HALF = 2065
+# How often the bytes that a layer saves go through memory in forward and backward pass, in all that is no matrix
+# product and no attention. Eager: what is left of 371 ms at 16,384 tokens (Qwen3-0.6B, H100). Fused: compiled layers of
+# Qwen3-0.6B, 1.7B and 4B leave 3.5, 5.7 and 9.7 times.
+PASSES = 7.0 if FUSED_LAYERS else 20.0
+# Bytes through memory for each input of a linear layer with an adapter: PEFT casts it to float32, multiplies it, and the
+# same back. Not measured.
+ADAPTER_TRAFFIC = 24
+# Bytes through memory for each logit, besides the head's products: softmax, gradient, conversions (train/loss.py).
+LOGIT_TRAFFIC = 50
+# Seconds of host time to launch one layer in forward and backward pass: 181 kernels of about 6.5 us; recomputed, 243.
+LAUNCH_S, LAUNCH_CHECKPOINTED_S = 1.2e-3, 1.6e-3
+# Seconds of host time that an engine's hooks take for each tensor in a micro batch. DeepSpeed: Qwen3-0.6B on two H200,
+# 414 ms (ZeRO-2) and 796 ms (ZeRO-3) a micro batch with 310 tensors, where one GPU took 358 ms; pessimistic, two runs
+# shared the host. FSDP2: not measured.
+HOOK_S = {"zero1": 0.3e-3, "zero2": 1.2e-3, "zero3": 2.4e-3, "fsdp2": 0.3e-3}
+# Share of a pass behind which communication can hide, and the share of it that never does.
+OVERLAP, ALWAYS_SEEN = 0.8, 0.05
+# Bytes through memory for each element in AdamW's step: gradient, master and two moments read, three written, and the
+# parameter rounded.
+OPTIMIZER_TRAFFIC = 28
+# Bytes a second that AdamW reaches in a node's host memory.
+HOST_BYTES_PER_S = 60e9
+BACKWARD_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by what they are spent on, and the work done in it."""
+
+    compute: float
+    """Arithmetic and memory on the GPU, with what is recomputed."""
+    host: float
+    """What the GPU waits for launches and hooks."""
+    communication: float
+    """What nothing hides."""
+    optimizer: float
+    tokens: float
+    """Tokens that all GPUs see in the step."""
+    tokens_per_s_per_gpu: float
+    mfu: float
+    """Share of the GPU's peak that the model's own arithmetic takes; recomputing does not count."""
+    sent: Sent
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.host + self.communication + self.optimizer
+
+
+def flops_per_token(
+    architecture: Architecture, mean_length: float, *, frozen: bool = False
+) -> tuple[float, float, float]:
+    """Floating-point operations a token in forward and backward pass: layers' matrices, head, attention.
+
+    6 for each element of a matrix (2 forward, 4 backward; 4 in all where the weights are frozen and have no gradient).
+    Attention is causal, so half of 12 times layers, width of the heads and length (PaLM, appendix B).
+    """
+    factor = 4 if frozen else 6
+    layers = factor * architecture.layers * architecture.layer_matmul
+    attention = 6 * architecture.layers * architecture.query * mean_length
+    return float(layers), float(factor * architecture.embedding_params), float(attention)
+
+
+def gemm_flops(architecture: Architecture, gpu: GpuModel) -> float:
+    """Operations a second that matrix products of this width reach on `gpu`."""
+    width = architecture.hidden
+    share = GEMM_SHARE[0][1] if width < GEMM_SHARE[0][0] else GEMM_SHARE[-1][1]
+    for (low, at_low), (high, at_high) in itertools.pairwise(GEMM_SHARE):
+        if low <= width <= high:
+            share = at_low + (at_high - at_low) * (width - low) / (high - low)
+    return gpu.peak_flops * share * gpu.gemm_share / GPUS["h100"].gemm_share
+
+
+def step_time(
+    architecture: Architecture, weights: Weights, layout: Layout, batch: Batch, mean_length: float, gpu: GpuModel
+) -> StepTime:
+    """Seconds of one optimizer step whose rows have `mean_length` tokens."""
+    tokens = batch.rows * mean_length / batch.sequence_parallel
+    forward_and_backward, flops = _micro_batch(architecture, weights, layout, tokens, mean_length, gpu)
+    launch = LAUNCH_CHECKPOINTED_S if layout.gradient_checkpointing else LAUNCH_S
+    hooks = HOOK_S.get(layout.plan.name, 0.0) * weights.tensors
+    # ZeRO-1's hooks do nothing but in the last micro batch.
+    repeated = hooks if layout.plan.name != "zero1" else hooks / batch.accumulation
+    host = max(0.0, architecture.layers * launch + repeated - forward_and_backward)
+    micro = forward_and_backward + host
+    sent = traffic(architecture, weights, layout, batch, gpu)
+    optimizer = _optimizer_time(weights, layout, gpu)
+    offload = _offload_time(weights, layout, gpu)
+    visible = _visible(sent, micro, batch.accumulation) + offload * batch.accumulation
+    compute = batch.accumulation * forward_and_backward
+    total = compute + batch.accumulation * host + visible + optimizer
+    all_tokens = tokens * batch.accumulation * layout.world_size
+    per_gpu = tokens * batch.accumulation / total
+    return StepTime(
+        compute=compute,
+        host=batch.accumulation * host,
+        communication=visible,
+        optimizer=optimizer,
+        tokens=all_tokens,
+        tokens_per_s_per_gpu=per_gpu,
+        mfu=per_gpu * flops / tokens / gpu.peak_flops,
+        sent=sent.total(batch.accumulation),
+    )
+
+
+def _micro_batch(
+    architecture: Architecture, weights: Weights, layout: Layout, tokens: float, mean_length: float, gpu: GpuModel
+) -> tuple[float, float]:
+    """Seconds of GPU time for one micro batch, and the model's own operations in it."""
+    layers, head, attention = (
+        part * tokens for part in flops_per_token(architecture, mean_length, frozen=weights.lora)
+    )
+    flops = layers + head + attention
+    if weights.lora:  # the adapter's own products
+        layers += 6 * weights.trained * tokens
+    saved = layer_activations(architecture, layout.dtype) * architecture.layers * tokens
+    matrix_s = gemm_flops(architecture, gpu)
+    attention_share = ATTENTION_LIMIT * mean_length / (mean_length + ATTENTION_HALF)
+    parts = layers / matrix_s, attention / (gpu.peak_flops * attention_share), PASSES * saved / gpu.hbm_bytes_per_s
+    if weights.lora:
+        casts = ADAPTER_TRAFFIC * sum(inputs for inputs, _ in architecture.linears.values()) * architecture.layers
+        parts = parts[0], parts[1], parts[2] + casts * tokens / gpu.hbm_bytes_per_s
+    # Recomputing is one more forward pass of the layers: a third, or half where the weights have no gradient; of
+    # attention, whose backward pass has five products to the forward's two, 2 in 7.
+    again = 0.0
+    if layout.gradient_checkpointing:
+        again = parts[0] / (2 if weights.lora else 3) + parts[1] * 2 / 7 + parts[2] / 3
+    logits = tokens * architecture.vocab * LOGIT_TRAFFIC / gpu.hbm_bytes_per_s
+    return sum(parts) + again + head / matrix_s + logits, flops
+
+
+def _visible(sent: Traffic, micro: float, accumulation: int) -> float:
+    """Seconds of communication in a step that no computing hides."""
+
+    def seen(part: Sent, window: float) -> float:
+        return max(part.seconds - OVERLAP * window, part.seconds * ALWAYS_SEEN)
+
+    each = seen(sent.each_micro, micro) * accumulation
+    return each + seen(sent.last_backward, micro * BACKWARD_SHARE) + sent.after.seconds
+
+
+def _optimizer_time(weights: Weights, layout: Layout, gpu: GpuModel) -> float:
+    """Seconds of AdamW's step on the elements that one process updates."""
+    own = weights.trained / (layout.shard_size if layout.plan.shards else 1)
+    if layout.offload == "none":
+        return own * OPTIMIZER_TRAFFIC / gpu.hbm_bytes_per_s
+    # All processes of a node share its memory; the new parameters come back over PCIe.
+    host = own * OPTIMIZER_TRAFFIC * layout.processes_per_node / HOST_BYTES_PER_S
+    return host + own * 2 / gpu.pcie_bytes_per_s
+
+
+def _offload_time(weights: Weights, layout: Layout, gpu: GpuModel) -> float:
+    """Seconds a micro batch in which gradients go to host memory, and offloaded parameters come from it twice."""
+    if layout.offload == "none":
+        return 0.0
+    own = weights.trained / layout.shard_size
+    parameters = 2 * (own * 2 + weights.frozen_bytes / layout.shard_size) if "parameters" in layout.plan.shards else 0.0
+    seconds = (own * 2 + parameters) / gpu.pcie_bytes_per_s
+    # A disk gives 5 GB/s at best, to the whole node, and everything that is offloaded goes through it.
+    disk = offloaded_bytes(weights, layout) * layout.processes_per_node / 5e9 if layout.offload == "nvme" else 0.0
+    return seconds + disk

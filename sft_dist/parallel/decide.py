@@ -1,0 +1,129 @@
+"""The single decisions behind resolve.py: plan, processes, dtype, attention, compiling; each says why in `notes`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sft_dist.config.schema import Config
+from sft_dist.errors import ConfigError
+from sft_dist.parallel.machine import Machine
+from sft_dist.parallel.world import World
+
+# bfloat16 arithmetic in the matrix units came with this compute capability (Ampere).
+BF16_GPU_CAPABILITY = 8.0
+VARLEN = "sft_dist_varlen"
+# Compiling takes about half a minute and halves the time of a step: shorter runs are over before it pays.
+COMPILE_FROM_STEPS = 100
+
+
+def decide_plan(config: Config, machine: Machine, world: World, notes: list[str]) -> str:
+    """The plan that the config or the launcher names, `auto` where the planner must choose among those for GPUs.
+
+    Raises ConfigError where they contradict each other, or where the GPUs are not there.
+    """
+    plan = config.parallel.plan
+    if world.plan is not None and plan not in ("auto", world.plan):
+        raise ConfigError(
+            f"parallel.plan is {plan!r}, but accelerate launch was told {world.plan}",
+            hint=f"leave parallel.plan on auto, or launch with launch/accelerate/{plan}.yaml",
+        )
+    if plan in ("cpu", "single") and world.size > 1:
+        raise ConfigError(
+            f"parallel.plan is {plan!r}, one process, but the launcher started {world.size}",
+            hint="set parallel.plan=ddp (or leave it on auto), or start one process",
+        )
+    count = config.parallel.num_processes
+    if (
+        plan not in ("auto", "cpu")
+        and not machine.gpus
+        and not world.launched
+        and (count == "auto" or plan == "single")
+    ):
+        tried = "" if plan == "single" else "; parallel.num_processes=2 tries the plan on the CPU"
+        raise ConfigError(
+            f"parallel.plan is {plan!r}, but no CUDA GPU is visible here",
+            hint=f"set parallel.plan=cpu, or run where nvidia-smi lists a GPU (CUDA_VISIBLE_DEVICES may hide it){tried}",
+        )
+    if plan != "auto":
+        return plan
+    if world.plan is not None:
+        notes.append(f"parallel.plan = {world.plan}: accelerate launch was told so")
+        return world.plan
+    processes = world.size if world.launched else count if count != "auto" else max(1, len(machine.gpus))
+    if not machine.gpus:
+        plan = "ddp" if processes > 1 else "cpu"
+        notes.append(f"parallel.plan = {plan}: {processes} process(es), no GPU visible, {machine.cores} CPU core(s)")
+    return plan
+
+
+def decide_processes(config: Config, machine: Machine, world: World, plan: str) -> int:
+    """Processes on this node; one for `auto` on one GPU. ConfigError where config, launcher and GPUs disagree."""
+    asked = config.parallel.num_processes
+    if world.launched:
+        if asked not in ("auto", world.local_size):
+            raise ConfigError(
+                f"parallel.num_processes is {asked}, but the launcher started {world.local_size} on this node",
+                hint="leave parallel.num_processes on auto, or start as many",
+            )
+        return world.local_size
+    if plan in ("cpu", "single"):
+        if asked not in ("auto", 1):
+            raise ConfigError(
+                f"parallel.num_processes is {asked}, but parallel.plan {plan!r} is one process",
+                hint="set parallel.plan=ddp, or leave parallel.num_processes on auto",
+            )
+        return 1
+    if asked != "auto":
+        if machine.gpus and asked > len(machine.gpus):
+            raise ConfigError(
+                f"parallel.num_processes is {asked}, but {len(machine.gpus)} GPU(s) are visible",
+                hint=f"set it to {len(machine.gpus)} or less, or leave it on auto",
+            )
+        return asked
+    return len(machine.gpus)
+
+
+def decide_dtype(config: Config, machine: Machine, use_cpu: bool, notes: list[str]) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the hardware computes in it."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    if use_cpu:
+        fast, unit = machine.cpu_bf16, "the CPU multiplies bfloat16 in hardware"
+    else:
+        gpu = machine.gpus[0]
+        fast, unit = gpu.compute_capability >= BF16_GPU_CAPABILITY, f"compute capability {gpu.compute_capability}"
+    if fast:
+        notes.append(f"model.dtype = bfloat16: {unit}; the optimizer keeps float32 master weights")
+        return "bfloat16"
+    notes.append("model.dtype = float32: no bfloat16 arithmetic in hardware here")
+    return "float32"
+
+
+def decide_attention(config: Config, machine: Machine, use_cpu: bool, dtype: str, notes: list[str]) -> str:
+    """Our kernel for rows of any length, where it computes."""
+    if config.model.attn_implementation != "auto":
+        return config.model.attn_implementation
+    # torch's flash attention for documents of different lengths computes in 16 bits, on Ampere and later.
+    # Ulysses exchanges heads around the kernels that transformers knows, so ours cannot share rows.
+    shared = config.parallel.sequence_parallel_size > 1
+    if shared:
+        notes.append("model.attn_implementation = sdpa: rows are shared between GPUs (sequence_parallel_size)")
+        return "sdpa"
+    if use_cpu or (dtype == "bfloat16" and machine.gpus[0].compute_capability >= BF16_GPU_CAPABILITY):
+        notes.append(f"model.attn_implementation = {VARLEN}: rows are joined without padding and kept apart")
+        return VARLEN
+    notes.append("model.attn_implementation = sdpa: the varlen kernel needs bfloat16 and compute capability 8.0")
+    return "sdpa"
+
+
+def decide_compiled(config: Config, use_cpu: bool, attention: str, notes: list[str]) -> bool:
+    """Whether the decoder layers are compiled."""
+    if config.train.compile_layers != "auto":
+        return config.train.compile_layers
+    steps = config.train.max_steps
+    compiled = not use_cpu and attention == VARLEN and (steps is None or steps >= COMPILE_FROM_STEPS)
+    if not use_cpu:
+        why = "half a minute, once" if compiled else f"{steps} steps are over before it pays"
+        why = why if attention == VARLEN else f"only with {VARLEN}"
+        notes.append(f"train.compile_layers = {str(compiled).lower()}: {why}")
+    return compiled

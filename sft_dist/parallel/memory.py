@@ -1,0 +1,159 @@
+"""GPU memory of one process at its fullest moment, part by part, for a model, a plan and a micro batch.
+
+What is held all the time follows from the plan. On top of it there are moments that do not coincide: the head (all
+activations, and the logits), the backward pass (all activations, buckets, gathered units), its end (all gradients) and
+the optimizer's step. The fullest one decides; the parts of a GpuMemory are those of that moment, so they add up to
+what torch.cuda.max_memory_allocated() shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from sft_dist.parallel.architecture import Architecture
+from sft_dist.parallel.plans import Layout
+from sft_dist.parallel.shares import GIB, held_by
+from sft_dist.parallel.weights import Weights
+
+# --- the head, train/loss.py --------------------------------------------------------------------------------------
+# Tokens whose logits exist at a time, and bytes a logit while they do: bfloat16 logits 2, their float32 copy 4 (torch
+# converts bfloat16 before the softmax), log-probabilities 4. From the second chunk on the first one's log-probabilities
+# and gradient are still there: 6 more. Float32 makes no copy.
+HEAD_CHUNK = 4096
+LOGIT_BYTES = {"bfloat16": (10, 16), "float32": (8, 16)}
+# --- the layers -----------------------------------------------------------------------------------------------------
+# True once norms, rotary embedding and activation are fused kernels (Liger, or each layer compiled). Eager counts gave
+# 35.1 GiB against 35.4 measured (Qwen3-0.6B, 16,384 tokens, TRL with varlen attention), fused ones 1.3 MB a token
+# against 1.30 to 1.35 (Liger and compiled).
+FUSED_LAYERS = False
+# Families whose norms multiply by their weight in float32.
+FLOAT_NORMS = ("gemma", "gemma2", "gemma3_text")
+# Bytes a token beside the layers, in widths of the hidden state: final norm, trained positions and their gradient.
+OUTSIDE_LAYERS = 12
+# --- the allocator --------------------------------------------------------------------------------------------------
+# What the caching allocator loses between blocks, as a share of all that is allocated, and at least.
+FRAGMENTATION = 0.04
+FRAGMENTATION_BYTES = GIB // 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows that one process takes through the model at once."""
+
+    rows: int
+    tokens_per_row: int
+    accumulation: int = 1
+    """Micro batches in one optimizer step."""
+    sequence_parallel: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens on one GPU at once."""
+        return -(-self.rows * self.tokens_per_row // self.sequence_parallel)
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes in one process at its fullest moment."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    head: int = 0
+    buffers: int = 0
+    """Gathered units, communication buckets, and what the step copies."""
+
+    @property
+    def allocated(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    @property
+    def needed(self) -> int:
+        """With what the allocator loses: this has to fit."""
+        return self.allocated + max(FRAGMENTATION_BYTES, round(self.allocated * FRAGMENTATION))
+
+    def gib(self) -> dict[str, float]:
+        """Each part, `allocated` and `needed` in GiB."""
+        names = [*(part.name for part in fields(self)), "allocated", "needed"]
+        return {name: round(getattr(self, name) / GIB, 3) for name in names}
+
+
+def gpu_memory(architecture: Architecture, weights: Weights, layout: Layout, batch: Batch) -> GpuMemory:
+    """The fullest moment of one process, in bytes by part."""
+    held = held_by(architecture, weights, layout, several=batch.accumulation > 1)
+    inputs, layer = activations(architecture, weights, layout, batch.tokens)
+    head, head_kept = head_bytes(architecture, weights, layout.dtype, batch.tokens)
+    temporary = round((6 * architecture.ffn + 8 * architecture.hidden) * _width(layout) / 2) * batch.tokens
+    always = {"parameters": held.parameters, "optimizer": held.optimizer}
+    moments = (
+        GpuMemory(**always, gradients=held.before, activations=inputs, head=head, buffers=held.gathered),
+        GpuMemory(
+            **always,
+            gradients=held.during,
+            activations=inputs + layer + temporary,
+            head=head_kept,
+            buffers=held.gathered + held.buckets,
+        ),
+        GpuMemory(**always, gradients=held.end, activations=temporary, buffers=held.gathered + held.buckets),
+        GpuMemory(**always, gradients=held.end, buffers=held.step),
+    )
+    return max(moments, key=lambda moment: moment.allocated)
+
+
+def activations(architecture: Architecture, weights: Weights, layout: Layout, tokens: int) -> tuple[int, int]:
+    """Bytes saved by the forward pass for so many tokens, and what recomputing one layer adds to them."""
+    width = _width(layout)
+    outside = OUTSIDE_LAYERS * architecture.hidden * width // 2
+    per_layer = layer_activations(architecture, layout.dtype, lora=weights.lora)
+    if layout.gradient_checkpointing:
+        return tokens * (architecture.layers * architecture.hidden * width + outside), tokens * per_layer
+    return tokens * (architecture.layers * per_layer + outside), 0
+
+
+def layer_activations(architecture: Architecture, dtype: str, *, lora: bool = False, fused: bool | None = None) -> int:
+    """Bytes that one layer saves for the backward pass, a token.
+
+    Counted from transformers' modules: a norm saves its float32 input and what its weight is multiplied with; attention
+    saves queries, keys, values, its output and a float32 sum a head; the gated feed-forward saves the gate, its
+    activation, the other branch and their product; each linear layer its input. A rotary embedding saves nothing. With
+    an adapter, PEFT casts the input of each linear layer to float32 and saves that; the frozen weights need no input.
+    """
+    h, q, k, f = architecture.hidden, architecture.query, architecture.key, architecture.ffn
+    if FUSED_LAYERS if fused is None else fused:
+        qk_norms = 2 * (q + k) if architecture.qk_norm else 0
+        total = 8 * h + 2 * (q + 2 * k) + qk_norms + 2 * q + 6 * f
+        total += 4 * (5 * h + q + f) if lora else 0
+        return (total * 2 if dtype == "float32" else total) + 4 * architecture.heads
+    # The norms of queries and keys count like those of the hidden state.
+    normed = architecture.norms * h + (q + k if architecture.qk_norm else 0)
+    attention, outputs = 4 * (q + k), 2 * h  # outputs of the norms that a linear layer follows
+    inputs = 5 * h + q + f  # of all linear layers
+    if dtype == "float32":  # nothing is cast: a norm's input is saved, and what its weight is multiplied with
+        total = normed * (4 if lora else 8) + 4 * outputs + 2 * attention + 16 * f
+    elif lora:
+        total = normed * 4 + attention + 6 * f + 4 * inputs
+    else:
+        total = normed * 6 + 2 * outputs + attention + 8 * f
+    if architecture.family in FLOAT_NORMS and not lora and dtype != "float32":
+        total += 2 * normed
+    return total + 4 * architecture.heads
+
+
+def head_bytes(architecture: Architecture, weights: Weights, dtype: str, tokens: int) -> tuple[int, int]:
+    """Bytes while the loss is computed, with all positions trained; and what of it the backward pass still finds."""
+    width = 4 if dtype == "float32" else 2
+    matrix = architecture.embedding_params
+    first, later = LOGIT_BYTES[dtype]
+    logits = min(tokens, HEAD_CHUNK) * architecture.vocab
+    kept = 0 if weights.lora else 2 * matrix * width  # the gradient, and its product with that of the loss
+    if tokens <= HEAD_CHUNK:
+        own = 0 if weights.lora else matrix * width
+        return logits * first + own, kept
+    # The sum over chunks in float32, and the last chunk's own part of it.
+    own = 0 if weights.lora else matrix * (4 + width)
+    return logits * later + own, kept
+
+
+def _width(layout: Layout) -> int:
+    return 4 if layout.dtype == "float32" else 2

@@ -1,0 +1,204 @@
+"""docs/planner.md: how the planner counts, what it assumes, and what it says for well-known models (`make refs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sft_dist.config.schema import Config
+from sft_dist.parallel import cost, hardware, memory, shares, storage, weights
+from sft_dist.parallel.architecture import FAMILIES, packaged, read_architecture
+from sft_dist.parallel.cost import step_time
+from sft_dist.parallel.estimate import COMFORT, Cluster, job_of
+from sft_dist.parallel.hardware import GPUS, gpu_named
+from sft_dist.parallel.memory import Batch
+from sft_dist.parallel.planner import allowed, best, plan_all
+from sft_dist.parallel.plans import PLANS, Layout
+from sft_dist.parallel.shares import GIB
+from sft_dist.parallel.weights import weights_of
+
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B")
+# GPUs on a node, nodes.
+SIZES = ((1, 1), (2, 1), (8, 1), (8, 2), (8, 8))
+GPU, MAX_LENGTH, GLOBAL_BATCH = "h100", 4096, 128
+
+# Eager layers, bfloat16, 16,384 tokens at once of documents with this length-weighted mean; the first is a plain loop.
+MEASURED_MEAN = 597
+MEASURED = (
+    ("Qwen/Qwen3-0.6B", "single", 1, "h100", 44_126),
+    ("Qwen/Qwen3-0.6B", "zero2", 2, "h200", 39_542),
+    ("Qwen/Qwen3-0.6B", "zero3", 2, "h200", 20_591),
+)
+
+_HOW = """\
+# The planner
+
+`sft-dist plan CONFIG [--gpus 8 --gpu h100 --nodes 2] [--json]` says what each plan takes in GPU memory, host memory, disk
+and time, and marks the fastest that fits. `auto` in a config is decided by the same estimates. It reads the model's
+config.json (a directory, the Hub's cache, or packaged numbers): no weights, no network, no torch, under a second. This page
+is generated (`make refs`): the numbers in it are the constants in the code.
+
+## What is counted
+
+**Parameters** are counted from the shapes, exactly: embedding, head unless it is the embedding, and in each layer q, k, v,
+o, gate, up, down, biases, norms, and the norms of queries and keys. By `model_type`: {families}.
+Experts, and encoders with decoders, are refused rather than guessed.
+
+**GPU memory** is that of the fullest moment, since moments do not add up: the head (all activations and the logits), the
+backward pass (all activations, buckets, gathered units), its end (all gradients), the optimizer's step. Bytes an element
+that is trained, in bfloat16, over N GPUs:
+
+| plan | parameters | gradients | optimizer | besides |
+|---|---|---|---|---|
+| single | 2 | 2 | 12 | {step:.2f} GiB while the optimizer steps |
+| ddp | 2 | 2, all the time (they are the buckets) | 12 | {step:.2f} GiB while the optimizer steps |
+| zero1 | 2 | 2 while accumulating, and 2/N in the last micro batch | 12/N | 2 buckets of {bucket}M elements and a copy of one; in the step 6/N |
+| zero2 | 2 | 2/N; 4/N while accumulating | 12/N | the same |
+| zero3 | 2/N | 2/N | 12/N | gathered: up to {reuse}M elements that are used again soon, {prefetch}M ahead, the head; in the step 6 for up to {group}M elements |
+| fsdp2 | 4/N | 4/N | 8/N | gathered in bfloat16: three layers, and the head until the backward pass is done; one unit's gradients in bfloat16 and float32 |
+
+- The optimizer's 12 are the float32 master and AdamW's two moments. In float32 it is 4, 4 and 8 (DeepSpeed: 12).
+- `offload: cpu` takes optimizer and gradients of zero1 and zero2, and everything sharded of zero3 and fsdp2, to the host:
+  20 bytes an element there, 16 with fsdp2, over the GPUs of the run.
+- LoRA: the base model frozen, 2 bytes a parameter ({nf4} for the layers' matrices in NF4; zero3 and fsdp2 shard 2/N); the
+  adapter's r x (inputs + outputs) elements a matrix in float32, 4 + 4 + 8.
+- **Activations**, a token and layer, in bytes, with widths h (hidden state), q (all query heads), k (all key heads), f (feed
+  forward): 8h for each norm, 4q + 4k for attention with a flash kernel, 6q + 6k more where queries and keys have norms, 8f
+  for the feed-forward, 4 a head. Counted from what autograd saves in transformers' modules, run without fusion. With
+  checkpointing 2h a token and layer, and one whole layer. LoRA: norms 4h each, 6f, and a float32 copy of each matrix's
+  input, which PEFT makes.
+- **Head**: logits of at most {chunk} tokens at a time, {first} bytes each, {later} from the second chunk on, and the weight's
+  gradient (2 bytes, and 4 more when chunks are summed).
+- **Fragmentation**: {fragmentation:.0%} of what is allocated. A choice should leave another {comfort:.0%} of the GPU free, since
+  the estimates are good to about 10 %; if none does, one that just fits is taken (`tight`).
+- **Usable** is what nvidia-smi shows less {context} GiB for the CUDA context, and {nccl} GiB for NCCL with several processes.
+
+**Host memory** of a node: {process} GiB a process, and the weights while they load, once for each process (fsdp2: once, in
+float32) or what is offloaded, whichever is more. Pinned buffers may be rounded up to a power of two; that is not counted.
+
+**Disk**: a checkpoint holds the weights and the optimizer: 14 bytes an element (single, ddp, zero3), 16 (zero1, zero2), 12
+(fsdp2, and adapters alone). `checkpoint.keep` of them, one more while it is written, and the final model.
+
+**Sent** in a step by each GPU, in rings: an all-reduce of B bytes is 2B(N-1)/N, a gather or a reduce-scatter half of that.
+ddp: gradients, once. zero1: gradients all-reduced, once, then parameters gathered. zero2: gradients in every micro batch.
+zero3: parameters gathered twice and gradients scattered, in every micro batch. fsdp2: the same, gradients in float32. Across
+nodes the ring crosses a node's border once, over all of its network cards. `hybrid_shard` keeps gathers inside the node.
+
+**Time** of a step: matrix products, 6 operations an element and token (LoRA 4), at {low:.0%} ({low_width} wide) to {high:.0%}
+({high_width}) of the GPU's peak; attention, 6 x layers x q x mean length, at up to {attention:.0%}; all else through memory,
+{passes:g} times the bytes that a layer saves, and {logit} bytes a logit; recomputing, one more forward pass; AdamW, {adam}
+bytes an element; and communication beyond {overlap:.0%} of the computing that it can hide behind. A micro batch takes no less
+than the host needs to launch it: {launch:.1f} ms a layer, and DeepSpeed's hooks, {hook2:.1f} ms a tensor with zero2, {hook3:.1f}
+with zero3. MFU counts the model's own operations, not the recomputed ones.
+
+**Rows**: from the ledger of a run of this name if there is one; else every row is taken to be `data.max_length` long.
+
+## What is assumed, and what was measured
+
+- Measured (torch 2.11, transformers 5.17, DeepSpeed 0.19.8, November 2026): Qwen3-0.6B with 16,384 tokens at once takes 35.4
+  GiB with bfloat16 states, of which parameters, gradients, states and the counted activations are 35.1.
+- Matrix products and copies were measured on H100 and H200; other GPUs are taken to reach the share in the table below.
+- Between nodes: the network in the table, for each GPU, of which {network:.0%} arrives. It is a property of the cluster.
+- A dense decoder with our varlen attention and one-pass head. Time for evaluation and for writing checkpoints is not counted.
+- After a run, `plan/predicted.json` and `plan/measured.json` in its folder hold the prediction and the measurement.
+
+Speeds that the constants are from, 16,384 tokens at once, documents of 597 tokens (weighted by length), eager layers:
+"""
+
+
+def planner_table() -> str:
+    """The text of docs/planner.md."""
+    h100_share, widths = hardware.GPUS["h100"].gemm_share, cost.GEMM_SHARE
+    text = _HOW.format(
+        families=", ".join(FAMILIES),
+        step=shares.STEP_TRANSIENT_BYTES / GIB,
+        bucket=shares.REDUCE_BUCKET // 10**6,
+        reuse=shares.REUSE_KEPT // 10**6,
+        prefetch=shares.PREFETCH_BUCKET // 10**6,
+        group=shares.SUB_GROUP // 10**6,
+        nf4=weights.NF4_BYTES,
+        chunk=memory.HEAD_CHUNK,
+        first=memory.LOGIT_BYTES["bfloat16"][0],
+        later=memory.LOGIT_BYTES["bfloat16"][1],
+        fragmentation=memory.FRAGMENTATION,
+        comfort=1 - COMFORT,
+        context=hardware.CONTEXT_GIB,
+        nccl=hardware.NCCL_GIB,
+        process=storage.PROCESS_BYTES // GIB,
+        low=widths[0][1],
+        low_width=widths[0][0],
+        high=h100_share,
+        high_width=widths[-1][0],
+        attention=cost.ATTENTION_LIMIT,
+        passes=cost.PASSES,
+        logit=cost.LOGIT_TRAFFIC,
+        adam=cost.OPTIMIZER_TRAFFIC,
+        overlap=cost.OVERLAP,
+        launch=cost.LAUNCH_S * 1e3,
+        hook2=cost.HOOK_S["zero2"] * 1e3,
+        hook3=cost.HOOK_S["zero3"] * 1e3,
+        network=hardware.NETWORK_SHARE,
+    )
+    return "\n".join([text, *_measured_table(), "", *_gpu_table(), "", *_model_table()]) + "\n"
+
+
+def _measured_table() -> Iterator[str]:
+    yield "| model | plan | GPUs | tokens/s/GPU measured | estimated |"
+    yield "|---|---|---|---|---|"
+    for name, plan, gpus, gpu, measured in MEASURED:
+        architecture = read_architecture(packaged()[name], name)
+        layout = Layout(PLANS[plan], processes_per_node=gpus)
+        trained = weights_of(architecture, None, layout.dtype)
+        batch = Batch(rows=16_384 // MEASURED_MEAN, tokens_per_row=MEASURED_MEAN)
+        time = step_time(architecture, trained, layout, batch, MEASURED_MEAN, gpu_named(gpu))
+        yield f"| {name} | {plan} | {gpus} x {gpu} | {measured:,} | {time.tokens_per_s_per_gpu:,.0f} |"
+
+
+def _gpu_table() -> Iterator[str]:
+    yield "| GPU | GiB | bf16 TFLOP/s | share | HBM TB/s | NVLink GB/s | PCIe GB/s | network GB/s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for gpu in GPUS.values():
+        bf16 = f"{gpu.bf16_tflops:g}" if gpu.bf16_tflops else f"none; fp32 {gpu.fp32_tflops:g}"
+        share = f"{gpu.gemm_share:.0%}" + (" measured" if gpu.measured else "")
+        rates = f"{gpu.hbm_tbps:g} | {gpu.nvlink_gbps or 'none'} | {gpu.pcie_gbps:g} | {gpu.network_gbps:g}"
+        yield f"| {gpu.name} | {gpu.memory_gib:g} | {bf16} | {share} | {rates} |"
+
+
+def _model_table() -> Iterator[str]:
+    yield f"## All weights, {GPU}, max_length {MAX_LENGTH}, global_batch_size {GLOBAL_BATCH}"
+    yield ""
+    yield (
+        "The choice of `auto`, estimated. Batch: rows of a micro batch x accumulation. GiB: needed on each GPU, of "
+        f"{gpu_named(GPU).usable_gib(2):.1f} usable with several. Recompute: gradient checkpointing."
+    )
+    yield ""
+    yield "| model | GPUs | plan | recompute | batch | GiB | tokens/s/GPU | MFU | s/step |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name in MODELS:
+        for gpus, nodes in SIZES:
+            yield _row(name, Cluster(gpu_named(GPU), gpus, nodes))
+
+
+def _row(name: str, cluster: Cluster) -> str:
+    count = cluster.gpus_per_node * cluster.nodes
+    where = f"{count} ({cluster.nodes} nodes)" if cluster.nodes > 1 else str(count)
+    for offload in ("none", "cpu"):
+        job = job_of(
+            Config.model_validate(
+                {
+                    "model": {"name": name},
+                    "data": {"max_length": MAX_LENGTH},
+                    "train": {"global_batch_size": GLOBAL_BATCH},
+                    "parallel": {"offload": offload},
+                }
+            )
+        )
+        chosen = best(allowed(job, cluster, plan_all(job, cluster)))
+        if chosen is not None:
+            layout, batch, time = chosen.layout, chosen.batch, chosen.time
+            again = "yes" if layout.gradient_checkpointing else "no"
+            tight = "" if chosen.comfortable else " (tight)"
+            return (
+                f"| {name} | {where} | {chosen.name} | {again} | {batch.rows} x {batch.accumulation} | "
+                f"{chosen.memory.needed / GIB:.1f}{tight} | {time.tokens_per_s_per_gpu:,.0f} | {time.mfu:.0%} | {time.seconds:.2f} |"
+            )
+    return f"| {name} | {where} | nothing fits | | | | | | |"
