@@ -147,7 +147,8 @@ def write_chats(count: int) -> str:
 def build(resolved: Any, model: str, rows: str, steps: int, scratch: str) -> Any:
     """The trainer of an arm, ours if `resolved` is given. Both get the same token ids and labels, so that they differ in nothing but the training."""
     from sft_dist.data.prepare import prepare
-    from sft_dist.parallel.resolve import with_longest_row
+    from sft_dist.parallel.machine import this_machine
+    from sft_dist.parallel.resolve import with_rows
     from sft_dist.train.tokenizer import load_tokenizer
 
     config = config_for(model, rows, steps)
@@ -155,7 +156,7 @@ def build(resolved: Any, model: str, rows: str, steps: int, scratch: str) -> Any
     prepared = prepare(config, tokens.tokenizer, tokens.template, Path(scratch))
     if resolved is None:
         return build_trl(model, prepared.train, steps, scratch)
-    resolved = with_longest_row(config, resolved, prepared.ledger["train"]["longest_row"])
+    resolved = with_rows(config, resolved, this_machine(), prepared.ledger["train"])
     return build_ours(config, resolved, tokens, prepared, scratch)
 
 

@@ -67,13 +67,29 @@ class RunStopped(SftDistError):
     exit_code = 75
 
 
-def exit_status(error: SftDistError | OSError) -> int:
+class SaidBefore(SftDistError):
+    """The failure of another process, which has explained it on stderr already."""
+
+
+def failure(message: str, exit_code: int) -> SftDistError:
+    """The failure of another process, with the exit status that it ended with.
+
+    With another status than 1 it ended with one of the errors above, and has said so.
+    """
+    error = SftDistError(message) if exit_code == 1 else SaidBefore(message)
+    error.exit_code = exit_code
+    return error
+
+
+def exit_status(error: BaseException) -> int:
     """The exit status of a process that ends with `error`."""
     return error.exit_code if isinstance(error, SftDistError) else 1
 
 
 def explained(error: SftDistError | OSError) -> str:
     """What went wrong and what to do, as lines for the terminal."""
+    if isinstance(error, SaidBefore):
+        return ""
     if isinstance(error, SftDistError):
         return f"{error}\n" if isinstance(error, RunStopped) else f"error: {error}\n"
     where = f"{error.filename}: " if error.filename else ""

@@ -9,6 +9,8 @@ runs/NAME/
   eval/held_out.jsonl                        the rows that both models are scored on
   eval/before.jsonl  eval/after.jsonl  scores.json
   model/                                     final weights, tokenizer, model card, DONE
+  model/adapter/                             of a LoRA run: the adapter alone, for peft (and no weights beside it if
+                                             model.lora.merge is false)
   report.html  loss.png  logs/
 """
 

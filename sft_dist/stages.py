@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
 from sft_dist.config.schema import Config
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, RunStopped, failure
 from sft_dist.files import write_json, write_text
 from sft_dist.parallel.resolve import Resolved
+from sft_dist.parallel.world import this_world
 from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft_dist.data.formats import Example
+    from sft_dist.train.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
     An existing run is refused unless `overwrite`; neither a new directory nor a deleted one is left behind by a
     config that cannot run.
     """
+    _refuse_launcher()
     config = loaded.config
     root, name = runs_root(config.run.dir), str(config.run.name)
     if not overwrite:
@@ -45,25 +48,38 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
     return run
 
 
+def _refuse_launcher() -> None:
+    """ConfigError if a launcher started this process as one of several: each would make the run, and start workers."""
+    world = this_world()
+    if world.size > 1:
+        raise ConfigError(
+            f"a launcher started sft-dist {world.size} times, but it starts the processes of a run itself",
+            hint="type it without the launcher, or launch the worker: torchrun --nproc-per-node N -m sft_dist.train CONFIG",
+        )
+
+
 def prove_here(config: Config, run: RunDir) -> list[Example]:
     """Resolve the plan, check TRL's arguments and the model's files, prepare the rows; returns the held-out ones.
 
     Takes seconds and writes only to the cache. Raises ConfigError, PreflightError or DataError, as the run would later.
     """
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.worker import needs_engine, resolve_here
 
     resolved = resolve_here(config)
+    needs_engine(resolved)
     from sft_dist.data.prepare import prepare
     from sft_dist.evaluate.compare import held_out_rows
+    from sft_dist.train.adapter import prove_adapter
+    from sft_dist.train.arguments import sft_config
     from sft_dist.train.model import find_model
     from sft_dist.train.pretrained import cache_root
     from sft_dist.train.tokenizer import load_tokenizer
-    from sft_dist.train.trainer import sft_config
 
     tokens = load_tokenizer(config.model)
     find_model(config.model)
+    prove_adapter(config.model, tokens, resolved.plan)
     prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
-    sft_config(config, resolved, run, has_eval=prepared.eval is not None)
+    sft_config(config, resolved, run, has_eval=prepared.eval is not None, engine=False)
     return held_out_rows(config, tokens.tokenizer)
 
 
@@ -73,19 +89,59 @@ def run_here(run: RunDir) -> None:
     Raises RunStopped when asked to stop, with what is done kept; any other failure is on record in status.json.
     """
     from sft_dist.train.attempt import attempt
-    from sft_dist.train.worker import record_environment, resolve_here, train
+    from sft_dist.train.worker import record_environment, resolve_here
 
+    _refuse_launcher()
     config = load_run_config(run.config)
     with attempt(run) as current:
         resolved = resolve_here(config)
         record_environment(run, resolved)
         if config.evaluate.before and not (run.eval / "before.jsonl").is_file():
-            evaluate_here(config, run, resolved, "before")
+            _evaluate(config, run, resolved, "before")
         if not (run.model / "DONE").is_file():
-            train(run, current, resolved)
+            _train(run, current, resolved)
         if config.evaluate.after and not (run.eval / "after.jsonl").is_file():
-            evaluate_here(config, run, resolved, "after")
+            _evaluate(config, run, resolved, "after")
     report_here(run)
+
+
+def _train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
+    """Train in this process, or in those of the plan."""
+    if resolved.layout.plan.engine == "none":
+        from sft_dist.train.ranks import Ranks
+        from sft_dist.train.worker import train
+
+        train(run, current, resolved, Ranks())
+        return
+    from sft_dist.jobs.launcher import run_workers
+
+    with current.stop.deferred():
+        status = run_workers(run, resolved, current.stop.heard)
+    ended = run.read_status()
+    current.facts.update({name: ended[name] for name in ("first_step", "last_step") if ended.get(name) is not None})
+    if ended.get("state") == "failed":
+        raise failure(str(ended["reason"]), ended.get("exit_status") or 1)
+    if ended.get("state") == "stopped" and (status == 0 or current.stop.heard):
+        raise RunStopped(str(ended["reason"]))
+    if status == 0 and (run.model / "DONE").is_file():
+        return
+    if current.stop.heard:
+        raise RunStopped(f"stopped by {current.stop.reason} before the first step")
+    raise failure(str(ended.get("reason") or f"the workers ended with exit status {status} and left no word"), 1)
+
+
+def _evaluate(config: Config, run: RunDir, resolved: Resolved, when: Literal["before", "after"]) -> None:
+    """Evaluate here, or in a process of its own where this one must leave the GPUs to the workers."""
+    if resolved.layout.plan.engine == "none":
+        evaluate_here(config, run, resolved, when)
+        return
+    from sft_dist.evaluate.compare import wants_evaluation
+    from sft_dist.jobs.launcher import run_alone
+
+    if wants_evaluation(config):
+        status = run_alone(["-m", "sft_dist.evaluate", str(run.path), when])
+        if status != 0:
+            raise failure(f"asking the model {when} training ended with exit status {status}", status)
 
 
 def evaluate_here(config: Config, run: RunDir, resolved: Resolved, when: Literal["before", "after"]) -> None:

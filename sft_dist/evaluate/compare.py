@@ -36,12 +36,18 @@ class Loaded:
 def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loaded:
     """The base model (`before`) or the run's final one (`after`), on the plan's device.
 
+    Both are loaded as the final one is published: whole, or in 4 bits if only an adapter to such weights is.
+
     Raises CheckpointError if the run has no final model yet.
     """
+    from sft_dist.train.adapter import ADAPTER, with_adapter
     from sft_dist.train.model import load_model
     from sft_dist.train.tokenizer import load_tokenizer
 
     spec = config.model
+    adapter_only = spec.lora is not None and not spec.lora.merge
+    if not adapter_only:
+        spec = spec.model_copy(update={"lora": None})
     if when == "after":
         if not (run.model / "DONE").is_file():
             raise CheckpointError(
@@ -49,14 +55,17 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
                 hint=f"finish the training first: sft-dist resume {run.path}",
             )
         # Saved with the template that it was trained with, so `auto` finds that one again.
-        spec = spec.model_copy(
-            update={"name": str(run.model), "tokenizer": None, "revision": None, "chat_template": "auto"}
-        )
+        trained: dict[str, Any] = {"tokenizer": str(run.model), "chat_template": "auto"}
+        if not adapter_only:
+            trained |= {"name": str(run.model), "tokenizer": None, "revision": None}
+        spec = spec.model_copy(update=trained)
     tokens = load_tokenizer(spec)
     attention = "sdpa" if resolved.padding_free else resolved.attn_implementation
     model = load_model(spec, tokens, dtype=resolved.dtype, attn_implementation=attention)
-    device = "cpu" if resolved.plan == "cpu" else "cuda"
-    return Loaded(model.to(device).eval(), tokens.tokenizer)
+    model = model.to("cpu" if resolved.use_cpu else "cuda")
+    if adapter_only and when == "after":
+        model = with_adapter(model, run.model / ADAPTER).get_base_model()
+    return Loaded(model.eval(), tokens.tokenizer)
 
 
 def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> None:

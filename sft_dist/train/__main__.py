@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from sft_dist.config.loader import load_config, load_run_config, write_config
-from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
+from sft_dist.config.schema import Config
+from sft_dist.errors import ConfigError, RunStopped, SftDistError, exit_status, explained
 from sft_dist.files import write_json, write_text
+from sft_dist.jobs.launcher import ATTEMPT_HELD
 from sft_dist.logs import log_to_stderr
+from sft_dist.parallel.world import World, this_world
 from sft_dist.rundir import RunDir, create_run, runs_root
+from sft_dist.train.attempt import Attempt, attempt, joined
+from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
+from sft_dist.train.shutdown import Interrupted, StopRequest
 
 
 def open_run(argument: str) -> RunDir:
@@ -24,28 +34,83 @@ def open_run(argument: str) -> RunDir:
 
 
 def main(arguments: list[str]) -> int:
-    """Train; the exit status is that of the error, as `sft-dist` gives it."""
+    """Train; the exit status is that of the error, as `sft-dist` gives it, but for a stopped run under a launcher: 0."""
     log_to_stderr()
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m sft_dist.train RUN_DIR|CONFIG\n")
         return 2
+    world = World()
     try:
-        from sft_dist.train.attempt import attempt
-        from sft_dist.train.worker import record_environment, resolve_here, train
-
-        run = open_run(arguments[0])
-        if (run.model / "DONE").is_file():
-            raise ConfigError(
-                f"run {run.name} is done, its model is in {run.model}", hint="train under another run.name"
-            )
-        with attempt(run) as current:
-            resolved = resolve_here(load_run_config(run.config))
-            record_environment(run, resolved)
-            train(run, current, resolved)
-    except (SftDistError, OSError) as error:
-        sys.stderr.write(explained(error))
+        world = this_world()
+        if world.rank:
+            logging.getLogger().setLevel(logging.ERROR)
+        with StopRequest():  # libraries load for seconds: whoever asks for a stop meanwhile gets no traceback
+            _train(arguments[0], world)
+    except MainFailed as error:
         return exit_status(error)
+    except RunStopped as error:
+        # A launcher takes any other status for a failure and ends the processes that are still saving.
+        if world.rank == 0:
+            sys.stderr.write(explained(error))
+        return 0 if world.launched and not isinstance(error, Interrupted) else exit_status(error)
+    except (SftDistError, OSError) as error:
+        # A wrong config is wrong for every process, and what fails before they meet fails for all of a node.
+        if world.rank == 0:
+            sys.stderr.write(explained(error))
+        elif not isinstance(error, ConfigError) and (world.local_rank == 0 or has_met()):
+            sys.stderr.write(f"rank {world.rank}: {explained(error).splitlines()[0]}\n")
+        return exit_status(error)
+    finally:
+        leave()
     return 0
+
+
+def _train(argument: str, world: World) -> None:
+    from sft_dist.train.worker import record_environment, resolve_here, train
+
+    resolved = resolve_here(_config(argument))
+    if resolved.layout.plan.engine != "none" and not world.launched:
+        raise ConfigError(
+            f"parallel.plan {resolved.plan} is {resolved.layout.world_size} process(es) of a launcher, this is none",
+            hint=f"start it with: sft-dist train {argument}, or torchrun --nproc-per-node N -m sft_dist.train {argument}",
+        )
+    ranks = join(world, use_cpu=resolved.use_cpu)
+    run = _open_together(argument, ranks)
+    with _entered(run, ranks) as current:
+        if ranks.is_main and not os.environ.get(ATTEMPT_HELD):
+            record_environment(run, resolved)
+        train(run, current, resolved, ranks)
+
+
+def _config(argument: str) -> Config:
+    run = RunDir(Path(argument))
+    return load_run_config(run.config) if run.config.is_file() else load_config(argument).config
+
+
+def _open_together(argument: str, ranks: Ranks) -> RunDir:
+    """The main process opens or makes the run; the others learn which one."""
+
+    def opened() -> RunDir:
+        run = open_run(argument)
+        if (run.model / "DONE").is_file():
+            hint = "train under another run.name"
+            raise ConfigError(f"run {run.name} is done, its model is in {run.model}", hint=hint)
+        return run
+
+    return ranks.by_main(opened)
+
+
+@contextlib.contextmanager
+def _entered(run: RunDir, ranks: Ranks) -> Iterator[Attempt]:
+    """The attempt: of this process, unless a launcher or the main process keeps its record."""
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get(ATTEMPT_HELD):
+            entered: list[Attempt] = []
+            # The others wait: a run that another launcher holds is not theirs either.
+            ranks.by_main(lambda: entered.append(stack.enter_context(attempt(run))))
+            yield entered[0] if entered else stack.enter_context(joined(run, reports=False))
+            return
+        yield stack.enter_context(joined(run, reports=ranks.is_main))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_dist.errors import RunStopped, SftDistError
+from sft_dist.errors import RunStopped, SftDistError, exit_status
 from sft_dist.files import append_jsonl, read_jsonl, utc_now
 from sft_dist.rundir import RunDir
+from sft_dist.train.ranks import MainFailed
 from sft_dist.train.shutdown import StopRequest
+
+# What workers leave in status.json for the launcher that keeps the record.
+OUTCOME = ("exit_status", "first_step", "last_step")
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,37 @@ def attempt(run: RunDir) -> Iterator[Attempt]:
         yield from _attempt(run)
 
 
+@contextlib.contextmanager
+def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
+    """Enter an attempt that another process keeps the record of: a launcher, or the main one of several workers.
+
+    Signals are caught; with `reports` how the block ended is left in status.json for the one that keeps the record.
+    """
+    with StopRequest() as stop:
+        current = Attempt(stop)
+        outcome: dict[str, Any] = {"state": "running", "reason": None, "exit_status": 0}
+        try:
+            yield current
+        except RunStopped as error:
+            outcome |= {"state": "stopped", "reason": error.message}
+            raise
+        except MainFailed:
+            raise
+        except BaseException as error:
+            outcome |= {"state": "failed", "reason": _one_line(error), "exit_status": exit_status(error)}
+            raise
+        finally:
+            # The first failure is the cause: the others follow when they miss their peer, or when torchrun ends them.
+            if (reports or outcome["state"] == "failed") and run.read_status().get("state") != "failed":
+                with contextlib.suppress(OSError):
+                    run.write_status(**outcome, **current.facts)
+
+
 def _attempt(run: RunDir) -> Iterator[Attempt]:
     number = len(read_jsonl(run.attempts)) + 1
     start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
-    run.write_status(state="running", reason=None, attempt=number)
+    stale = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
+    run.write_status(state="running", reason=None, attempt=number, **stale)
     state, reason = "done", None
     with StopRequest() as stop:
         current = Attempt(stop)
@@ -50,7 +81,8 @@ def _attempt(run: RunDir) -> Iterator[Attempt]:
             state, reason = "stopped", stopped.message
             raise stopped from None
         except BaseException as error:
-            state, reason = "failed", _one_line(error)
+            said = run.read_status()  # another worker may have failed first
+            state, reason = "failed", said["reason"] if said.get("state") == "failed" else _one_line(error)
             raise
         finally:
             line = {**start, "end": utc_now(), **current.facts, "ended": state, "reason": reason}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import rotate, write_manifest
 from sft_dist.train.progress import Progress
+from sft_dist.train.ranks import Ranks
 from sft_dist.train.shutdown import StopRequest
 
 log = logging.getLogger(__name__)
@@ -23,22 +25,35 @@ STATUS_EVERY_S = 5.0
 
 
 class RunRecorder(TrainerCallback):  # type: ignore[misc]
-    """Writes the run directory, shows progress, and turns a stop request into a save and an end."""
+    """Writes the run directory, shows progress, and turns a stop request into a save and an end.
+
+    Every process has one: they agree on stopping and complete checkpoints together; only the main one writes.
+    """
 
     def __init__(
-        self, run: RunDir, config: Config, stop: StopRequest, progress: Progress, facts: dict[str, Any]
+        self,
+        run: RunDir,
+        config: Config,
+        stop: StopRequest,
+        progress: Progress,
+        facts: dict[str, Any],
+        ranks: Ranks | None = None,
     ) -> None:
         self.run, self.config, self.stop, self.progress, self.facts = run, config, stop, progress, facts
+        self.ranks = ranks or Ranks()
         self.first_step = 0
+        self.stopped_by: str | None = None
+        """Name of the signal that ended the training early."""
         self._tokens_before = 0
         self._tokens, self._seconds, self._step_began, self._status_time = 0, 0.0, 0.0, 0.0
-        self._stopping = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock; metrics that an earlier attempt wrote beyond the resumed checkpoint are taken back."""
         self.first_step = state.global_step
+        if not self.ranks.is_main:
+            return
         rows = read_jsonl(self.run.metrics)
         kept = [row for row in rows if row["step"] <= state.global_step]
         if len(kept) != len(rows):
@@ -54,15 +69,17 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self._step_began = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Between two steps is where a stop request is honoured."""
+        """Between two steps is where a stop request is honoured: one process's is everyone's, at the same step."""
         now = time.monotonic()
         self._seconds += now - self._step_began
         self.progress.step(state.global_step)
-        if self.stop.reason and not control.should_training_stop:
-            self._stopping = True
-            log.warning("%s at step %d: saving a checkpoint, then stopping", self.stop.reason, state.global_step)
+        asked = self.ranks.largest(self.stop.number)
+        if asked and not control.should_training_stop:
+            self.stopped_by = signal.Signals(asked).name
+            if self.ranks.is_main:
+                log.warning("%s at step %d: saving a checkpoint, then stopping", self.stopped_by, state.global_step)
             control.should_save = control.should_log = control.should_training_stop = True
-        if now - self._status_time >= STATUS_EVERY_S:
+        if self.ranks.is_main and now - self._status_time >= STATUS_EVERY_S:
             self._status_time = now
             self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
 
@@ -70,7 +87,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A stopping run has saved already; what is due at the end of an epoch would only cost its last minutes."""
-        if self._stopping:
+        if self.stopped_by:
             control.should_evaluate = control.should_save = False
 
     def on_log(
@@ -84,7 +101,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         """One row of metrics.jsonl; tokens_per_s counts non-padding tokens over the time inside steps since the last one,
         memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU."""
         row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
-        if "train_runtime" in row:  # transformers' summary at the end: an average over evaluation and saving too
+        if not self.ranks.is_main or "train_runtime" in row:  # transformers' summary averages over saving too
             return
         tokens = row.pop("num_tokens", None)
         if "loss" in row and tokens is not None:
@@ -98,7 +115,9 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint with its manifest; only then do older ones go."""
         folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
-        write_manifest(folder, state.global_step, self.facts)
+        write_manifest(folder, state.global_step, self.facts, self.ranks)
+        if not self.ranks.is_main:
+            return
         rotate(self.run, self.config.checkpoint.keep)
         self.run.write_status(checkpoint=folder.name)
 
@@ -107,6 +126,8 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Put the last step on record."""
         self.progress.end()
+        if not self.ranks.is_main:
+            return
         self.run.write_status(step=state.global_step, max_steps=state.max_steps)
 
 

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from sft_dist.files import read_json, utc_now, write_json
 from sft_dist.rundir import RunDir
+from sft_dist.train.ranks import Ranks
 
 MANIFEST = "MANIFEST.json"
+PIECE = 16 * 2**20
 
 
-def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any]) -> None:
-    """Record every file of `checkpoint` with size and SHA-256; from here on the checkpoint is complete."""
+def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any], ranks: Ranks | None = None) -> None:
+    """Record every file of `checkpoint` with size and hash (XXH3, 128 bits); from here on the checkpoint is complete.
+
+    Every process calls it once it has written its own files; each of them hashes a share of all files.
+    """
+    ranks = ranks or Ranks()
+    ranks.barrier()
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    mine = files[ranks.rank :: ranks.size]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(_digest, files))
+        digests = list(pool.map(_digest, mine))
     entries = {
-        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, digests, strict=True)
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "xxh3_128": digest}
+        for path, digest in zip(mine, digests, strict=True)
     }
-    write_json(checkpoint / MANIFEST, {"step": step, "written": utc_now(), **facts, "files": entries})
+    shares = ranks.everyones(entries)
+    if ranks.is_main:
+        together = {name: entry for share in shares for name, entry in share.items()}
+        found = {"step": step, "written": utc_now(), **facts, "files": dict(sorted(together.items()))}
+        write_json(checkpoint / MANIFEST, found)
+    ranks.barrier()
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -49,7 +63,7 @@ def _first_difference(checkpoint: Path, files: dict[str, Any]) -> str | None:
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
     for name, entry in files.items():
-        if _digest(checkpoint / name) != entry["sha256"]:
+        if _digest(checkpoint / name) != entry["xxh3_128"]:
             return f"{name} has changed since it was written"
     return None
 
@@ -88,5 +102,10 @@ def rotate(run: RunDir, keep: int) -> None:
 
 
 def _digest(path: Path) -> str:
+    # Not a cryptographic hash: it must tell torn and rotten files, at the speed at which they are read. SHA-256 took
+    # 13 s of the 15 s in which a GPU machine saved 8 GB.
+    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -30,7 +30,7 @@ def environment(machine: Machine, resolved: Resolved) -> dict[str, Any]:
         "cpu_bf16": machine.cpu_bf16,
         "memory_gib": round(machine.memory_gib, 1),
         "gpus": [asdict(gpu) for gpu in machine.gpus],
-        "resolved": {name: value for name, value in asdict(resolved).items() if name != "decisions"},
+        "resolved": resolved.facts(),
         "decisions": list(resolved.decisions),
     }
 

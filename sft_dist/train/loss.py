@@ -7,6 +7,8 @@ of four. The gradient with respect to the logits is softmax(z) - onehot(target),
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 
 # Logits of so many tokens exist at a time. On a CPU they should stay near the caches; a GPU wants long products.
 CPU_CHUNK = 256
-GPU_CHUNK = 4096
+GPU_CHUNK = 2048
 # Settings of a model config that change its logits; TRL's own head knows them, this one leaves such models to it.
 LOGIT_SETTINGS = (
     "final_logit_softcapping",
@@ -30,6 +32,8 @@ LOGIT_SETTINGS = (
 def supports(model: PreTrainedModel) -> bool:
     """Whether the model's logits are a plain linear map of its last hidden state."""
     head = model.get_output_embeddings()
+    # PEFT wraps a head that it trains, as a whole or for new tokens; the wrapper's `weight` is the one in use.
+    head = getattr(head, "original_module", head)
     config = model.config.get_text_config()
     return (
         type(head) is torch.nn.Linear
@@ -38,24 +42,75 @@ def supports(model: PreTrainedModel) -> bool:
     )
 
 
+def install(model: PreTrainedModel) -> None:
+    """Give `model` a forward pass that computes the loss where it is called with `trained_token_loss=True`.
+
+    The loss has to be computed inside of the forward pass, and the head's weight used inside of the head's: DDP, ZeRO-3
+    and FSDP2 gather parameters and watch for gradients there. Without the keyword both forward passes are as before.
+    """
+    original, head = model.forward, model.get_output_embeddings()
+    original_head = head.forward
+
+    @functools.wraps(type(model).forward)  # generate() validates its arguments against this signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        trained_token_loss: bool = False,
+        positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        num_items: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not trained_token_loss:
+            return original(*args, **kwargs)
+        assert positions is not None and targets is not None
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state.flatten(0, 1)
+        divisor = torch.full_like(targets[:1].sum(), targets.numel()) if num_items is None else num_items
+        loss, correct = self.get_output_embeddings()(
+            hidden.index_select(0, positions), targets=targets, divisor=divisor.to(hidden.device).clamp(min=1)
+        )
+        return {"loss": loss, "correct": correct}
+
+    def head_forward(
+        self: torch.nn.Linear,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        divisor: torch.Tensor | None = None,
+    ) -> Any:
+        if targets is None:
+            return original_head(hidden)
+        return _HeadLoss.apply(hidden, self.weight, targets, divisor)  # type: ignore[no-untyped-call]
+
+    model.forward = types.MethodType(forward, model)
+    head.forward = types.MethodType(head_forward, head)
+
+
 def trained_token_loss(
-    model: PreTrainedModel, inputs: dict[str, Any], num_items: torch.Tensor | int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+) -> tuple[torch.Tensor, int, torch.Tensor]:
     """The loss of a batch summed over its trained tokens and divided by `num_items` (their own number if None).
 
-    Returns three scalars: the loss (float32), the number of trained tokens, and how many of them the model predicts.
+    `model` is one that `install` changed, in whatever wrapper the plan put around it. Returns the loss (float32 scalar),
+    the number of trained tokens, and how many of them the model predicts (scalar on the device).
     """
-    labels = inputs["labels"][:, 1:]
-    backbone = {name: value for name, value in inputs.items() if name != "labels"}
-    hidden = model.base_model(**backbone, use_cache=False).last_hidden_state[:, :-1]
-    trained = labels != -100
-    targets = labels[trained]
-    count = torch.as_tensor(targets.numel(), device=hidden.device)
-    divisor = torch.as_tensor(count if num_items is None else num_items, device=hidden.device).clamp(min=1)
-    loss, correct = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden[trained], model.get_output_embeddings().weight, targets, divisor
-    )
-    return loss, count, correct
+    if "targets" not in inputs:
+        inputs = with_targets(inputs)
+    # transformers divides the count, which makes it a float; FSDP2 would cast that to bfloat16, and 301 is 300 there.
+    total = None if num_items is None else torch.as_tensor(num_items).round().to(torch.int64)
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    output = model(**rest, num_items=total, trained_token_loss=True)
+    return output["loss"], inputs["targets"].numel(), output["correct"]
+
+
+def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with the trained tokens (`targets`) and where the model must predict each of them (`positions`).
+
+    Both are [N], int64; a position counts over the flattened rows and stands one before its target. Done while a batch is
+    put together on the CPU, since a GPU would have to be waited for to learn how many they are.
+    """
+    rows, columns = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    targets = batch["labels"][rows, columns + 1]
+    return {**batch, "positions": rows * batch["labels"].shape[1] + columns, "targets": targets}
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -67,9 +122,9 @@ class _HeadLoss(torch.autograd.Function):
         device = hidden.device
         loss = torch.zeros((), dtype=torch.float32, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        # Evaluation under no_grad needs no gradient; needs_input_grad says so.
-        wants_gradient = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if wants_gradient else None
+        # Evaluation under no_grad needs no gradient, and an adapter's training none of the head; needs_input_grad says so.
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden or wants_weight else None
         grad_weight: torch.Tensor | None = None
         size = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         one_chunk = hidden.shape[0] <= size
@@ -84,13 +139,16 @@ class _HeadLoss(torch.autograd.Function):
             grad = log_probs.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
             grad = grad.div_(divisor).to(weight.dtype)
             grad_hidden[start : start + size] = grad @ weight
+            del logits, log_probs  # the next chunk's need their place: 6 bytes for each of 2,048 x 151,936
+            if not wants_weight:
+                continue
             product = grad.t() @ rows
             # Several chunks are summed in float32: rounding each partial sum to bfloat16 would bias the gradient.
             if grad_weight is None:
                 grad_weight = product if one_chunk else product.float()
             else:
                 grad_weight += product
-        if wants_gradient:
+        if wants_weight:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(correct)
@@ -100,4 +158,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
+        return grad_hidden * grad_loss, None if grad_weight is None else grad_weight * grad_loss, None, None

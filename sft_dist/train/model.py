@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_dist.config.schema import ModelConfig
+from sft_dist.train.adapter import nf4
 from sft_dist.train.pretrained import resolve_model
 from sft_dist.train.tokenizer import RunTokenizer, missing_model
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -27,15 +29,17 @@ def find_model(model: ModelConfig) -> None:
 
 
 def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
-    """The causal language model that `model` names, its weights in `dtype`.
+    """The causal language model that `model` names, its weights in `dtype`, or in 4 bits where its `lora` says so.
 
-    Embeddings grow if the template added tokens. Raises PreflightError if there is no such model here.
+    Under FSDP2 only the main process reads the weights, under ZeRO-3 every process keeps its share. Embeddings grow if
+    the template added tokens. Raises PreflightError if there is no such model here.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     source = resolve_model(model.name)
+    in_4_bits = model.lora is not None and model.lora.quantization == "nf4"
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
@@ -43,15 +47,46 @@ def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_imp
             trust_remote_code=model.trust_remote_code,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
+            quantization_config=nf4(getattr(torch, dtype)) if in_4_bits else None,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise missing_model(model, source, "model", error) from None
-    vocabulary = loaded.get_input_embeddings().weight.shape[0]
-    if len(tokens.tokenizer) > vocabulary:
+    # Not the weight's shape: under ZeRO-3 the weight of this process is empty between its uses.
+    if len(tokens.tokenizer) > loaded.get_input_embeddings().num_embeddings:
         # The new rows start at the mean of the old ones (transformers' mean_resizing), so that no logit stands out.
         loaded.resize_token_embeddings(len(tokens.tokenizer))
     _agree_on_special_tokens(loaded, tokens)
     return loaded
+
+
+def gather_by_layer(model: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather and release a decoder layer as a whole, not each of its parameters by itself.
+
+    Its bookkeeping in Python for each module takes longer than the layers of a small model (benchmarks/README.md).
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    classes = {type(layer) for layer in decoder_layers(model)}
+    if classes:
+        set_z3_leaf_modules(model, sorted(classes, key=lambda kind: kind.__name__))
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the forward pass of each decoder layer, for rows of any length.
+
+    One layer after the other and not the model as a whole: every layer is the same code, compiled once; what gathers and
+    checkpoints layers stands between them; and the loss is no part of it.
+    """
+    import torch
+
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules that the model's authors name as those not to split."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _agree_on_special_tokens(model: PreTrainedModel, tokens: RunTokenizer) -> None:

@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 class Progress:
     """Shows step, loss, tokens a second and time left of one training."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent = silent
+        """Show nothing: of several processes only the main one reports."""
         self._bar: Bar | None = None
         self._task: Any = None
         self._first, self._last, self._started = 0, 0, 0.0
@@ -28,6 +30,8 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._first, self._last, self._started = step, max_steps, time.monotonic()
+        if self.silent:
+            return
         console = Console(stderr=True)
         if console.is_terminal and not console.is_dumb_terminal and not os.environ.get("NO_COLOR"):
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -42,6 +46,8 @@ class Progress:
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Show one row of metrics."""
+        if self.silent:
+            return
         parts = []
         for name, form in (("loss", ".4f"), ("eval_loss", ".4f"), ("learning_rate", ".2e"), ("tokens_per_s", ".0f")):
             if isinstance(row.get(name), (int, float)):

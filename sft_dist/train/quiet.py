@@ -17,6 +17,14 @@ def quiet_libraries() -> None:
     # TRL 1.16 itself sets the old name, which transformers 5.17 still needs; can go with transformers 6.
     builtin_logging.getLogger("transformers.trainer").addFilter(_not_about_tied_heads)
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    # transformers 5.23's name for it; torch 2.13's new one does not exist in 2.11.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # PEFT 0.21 asks by the old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # On a CPU: its kernels would come from the Hub, and are not needed.
+    builtin_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(builtin_logging.ERROR)
+    # torch 2.13's own FSDP and DeepSpeed call them by the old names, several times a step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
 
 
 def _not_about_tied_heads(record: builtin_logging.LogRecord) -> bool:

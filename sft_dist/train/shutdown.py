@@ -12,17 +12,20 @@ from sft_dist.errors import RunStopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+class Interrupted(RunStopped):
+    """Stopped outside of the training, where processes do not agree: others may be waiting for this one."""
+
+
 class StopRequest:
     """Catches the signals that ask for an orderly stop while it is entered as a context.
 
-    Outside of `deferred` there is nothing to save and a signal raises RunStopped where it arrives; inside it is noted
-    in `reason`. A second SIGINT raises KeyboardInterrupt at once: whoever presses Ctrl-C twice does not want to
-    wait for a save.
+    Outside of `deferred` there is nothing to save and a signal raises Interrupted where it arrives; inside it is noted.
+    A second SIGINT raises KeyboardInterrupt at once: whoever presses Ctrl-C twice does not want to wait for a save.
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        """Name of the first signal, None while nothing was asked."""
+        self.heard: list[int] = []
+        """The signals that arrived, in order."""
         self._deferred = False
         self._previous: dict[signal.Signals, object] = {}
 
@@ -30,6 +33,16 @@ class StopRequest:
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
+
+    @property
+    def number(self) -> int:
+        """The first signal, 0 while nothing was asked."""
+        return self.heard[0] if self.heard else 0
+
+    @property
+    def reason(self) -> str | None:
+        """Name of the first signal, None while nothing was asked."""
+        return signal.Signals(self.number).name if self.number else None
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -45,8 +58,9 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
+        again = bool(self.heard)
+        self.heard.append(number)
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
         if not self._deferred:
-            raise RunStopped(f"stopped by {self.reason} outside of the training")
+            raise Interrupted(f"stopped by {self.reason} outside of the training")

@@ -1,17 +1,19 @@
-"""SFTTrainer, assembled: the one place where a config becomes TRL's arguments."""
+"""SFTTrainer with our loss, and the trainer of a run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTConfig, SFTTrainer
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.parallel.resolve import Resolved
-from sft_dist.rundir import RunDir
 from sft_dist.train import loss
+from sft_dist.train.adapter import save_adapter
 from sft_dist.train.optimizer import MasterWeightAdamW
 
 if TYPE_CHECKING:
@@ -23,16 +25,60 @@ if TYPE_CHECKING:
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with the loss and its gradient computed in one pass, for trained positions only.
 
-    TRL 1.16 scores every position where there is no Triton, and computes the logits twice everywhere. Models whose
+    TRL 1.16 scores every position where there is no Triton, computes the logits twice everywhere, and gathers four
+    numbers from all processes in each micro batch; here they stay on the device until they are logged. Models whose
     head is not a plain linear map keep TRL's loss. Can go when TRL's head does the same.
     """
 
+    data_collator: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.one_pass = loss.supports(self.model)
+        model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        mesh = self.accelerator.parallelism_config
+        # Ulysses cuts rows between processes and has its own way to the loss.
+        self.one_pass = loss.supports(model) and not (mesh is not None and mesh.sp_enabled)
+        if self.one_pass:
+            loss.install(model)
+            collate = self.data_collator
+            self.data_collator = lambda rows: loss.with_targets(collate(rows))
+        self._parameters = 0
+        # Per mode, on the device: trained tokens, how many of them the model predicts, tokens.
+        self._counts: dict[str, torch.Tensor] = {}
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and self.accelerator.mixed_precision == "bf16":
+            # accelerate would also reduce gradients in bfloat16, and round the loss to it.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL's card would go beside the checkpoints; ours is published with the model."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers', but in a checkpoint only the adapter, or what a sharded plan's own files do not hold.
+
+        transformers would gather all weights on one process for each checkpoint; they are in the engine's shards.
+        """
+        sharded, adapter = self.is_deepspeed_enabled or self.is_fsdp_enabled, hasattr(self.model, "peft_config")
+        if _internal_call and (sharded or adapter):
+            if self.args.should_save and adapter and not sharded:
+                save_adapter(self.model, Path(str(output_dir)))
+            elif self.args.should_save:
+                self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir)
+            return
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
+        wrapped: torch.nn.Module = super()._wrap_model(model, training, dataloader)
+        if self.accelerator.ddp_handler is not None:
+            # Gradients live in the buckets that are reduced: one copy instead of two. transformers has no field for it.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        return wrapped
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations a token and parameter; transformers counts the parameters again in each micro batch (5 ms)."""
+        if not self._parameters:
+            self._parameters = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * self._parameters * int(inputs["input_ids"].numel())
 
     def compute_loss(
         self,
@@ -41,23 +87,40 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The batch's loss, normalised by the trained tokens of the whole accumulated batch."""
+        """The batch's loss, normalised by the trained tokens of the whole global batch.
+
+        With several processes it is multiplied by their number, as in transformers: the gradients are averaged.
+        """
         if not self.one_pass or return_outputs or self.args.loss_type != "nll" or self.args.label_smoothing_factor:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mode = "train" if model.training else "eval"
+            plain = {name: value for name, value in inputs.items() if name not in ("positions", "targets")}
+            return super().compute_loss(model, plain, return_outputs, num_items_in_batch)
         value, trained, correct = loss.trained_token_loss(model, inputs, num_items_in_batch)
-        if mode == "train":
-            mask = inputs.get("attention_mask")
-            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        self._metrics[mode]["mean_token_accuracy"].append(int(correct) / max(1, int(trained)))
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        mode = "train" if model.training else "eval"
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        counts = torch.stack([torch.as_tensor(count, device=value.device) for count in (trained, correct, tokens)])
+        self._counts[mode] = self._counts[mode] + counts if mode in self._counts else counts
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes
         return value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the counts of all processes since the last time to `logs`; every process must call it."""
+        mode = "train" if self.model.training else "eval"
+        counts = self._counts.pop(mode, None)
+        if counts is not None:
+            trained, correct, tokens = self.accelerator.reduce(counts, "sum").tolist()
+            if mode == "train":
+                self._total_train_tokens += tokens
+            self._metrics[mode]["mean_token_accuracy"] = [correct / max(1, trained)]
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
 
 
 def build_trainer(
     config: Config,
     resolved: Resolved,
-    run: RunDir,
+    arguments: SFTConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
@@ -67,7 +130,9 @@ def build_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     keywords: dict[str, Any] = {}
-    if resolved.dtype == "bfloat16":
+    # TRL makes the adapters of 4-bit weights bfloat16, whatever the rest computes in.
+    in_4_bits = config.model.lora is not None and config.model.lora.quantization != "none"
+    if (resolved.dtype == "bfloat16" or in_4_bits) and resolved.layout.plan.engine in ("none", "ddp"):
         train = config.train
         keywords["optimizer_cls_and_kwargs"] = (
             MasterWeightAdamW,
@@ -76,7 +141,7 @@ def build_trainer(
     try:
         trainer = Trainer(
             model=model,
-            args=sft_config(config, resolved, run, has_eval=prepared.eval is not None),
+            args=arguments,
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,
             processing_class=tokenizer,
@@ -89,55 +154,3 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
-
-
-def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: bool) -> SFTConfig:
-    """TRL's arguments for a run. Raises ConfigError if TRL or transformers refuse them."""
-    train, checkpoint = config.train, config.checkpoint
-    arguments: dict[str, Any] = {
-        "output_dir": str(run.checkpoints),
-        "seed": config.run.seed,
-        "use_cpu": resolved.plan == "cpu",
-        # The weights are already in the type to compute in; autocast would only cast them again at every use.
-        "bf16": False,
-        "fp16": False,
-        # What float32 products remain may use the matrix units, which came with the same GPUs as bfloat16.
-        "tf32": True if resolved.plan == "single" and resolved.dtype == "bfloat16" else None,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler_type,
-        "warmup_steps": train.warmup_steps,
-        "num_train_epochs": train.num_train_epochs,
-        "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": resolved.per_device_train_batch_size,
-        "per_device_eval_batch_size": train.per_device_eval_batch_size,
-        "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
-        "gradient_checkpointing": resolved.gradient_checkpointing,
-        "max_grad_norm": train.max_grad_norm,
-        "weight_decay": train.weight_decay,
-        "optim": "adamw_torch_fused",
-        "adam_beta1": train.adam_beta1,
-        "adam_beta2": train.adam_beta2,
-        "adam_epsilon": train.adam_epsilon,
-        "logging_steps": train.logging_steps,
-        "logging_first_step": True,
-        # A non-finite loss is shown as it is: transformers would print the last good one in its place.
-        "logging_nan_inf_filter": False,
-        "eval_strategy": train.eval_strategy if has_eval else "no",
-        "eval_steps": train.eval_steps,
-        "save_strategy": checkpoint.save_strategy,
-        "save_steps": checkpoint.save_steps or 500,
-        # Rotation is ours: it waits for the manifest of the newer checkpoint.
-        "save_total_limit": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "padding_free": resolved.padding_free,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    loss_type = train.extra.get("loss_type", "nll")
-    if loss_type not in ("nll", "dft"):  # checked by SFTTrainer itself only once the model is there
-        raise ConfigError(f"train.extra.loss_type {loss_type!r} is not one of nll, dft")
-    try:
-        return SFTConfig(**{**train.extra, **arguments})
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"TRL refuses these settings: {error}", hint="look at train.extra and train") from error

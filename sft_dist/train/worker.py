@@ -1,107 +1,172 @@
 """The worker: trains the run that a directory describes. It reads config.yaml there and nothing else.
 
 The steps, in order: load the tokenizer, prepare the rows, load the model, train (resuming if there is a complete
-checkpoint), publish the final model.
+checkpoint), publish the final model. Several workers of one launcher take the same steps together; what is written once
+is written by the main one.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped
 from sft_dist.files import read_json, write_json
 from sft_dist.parallel.machine import this_machine
-from sft_dist.parallel.resolve import Resolved, resolve, with_longest_row
+from sft_dist.parallel.resolve import Resolved, resolve, with_rows
+from sft_dist.parallel.world import forget_accelerate, this_world
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
 from sft_dist.train.cpu import settle_cpu
 from sft_dist.train.environment import environment
 from sft_dist.train.progress import Progress
+from sft_dist.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sft_dist.data.prepare import Prepared
+    from sft_dist.train.tokenizer import RunTokenizer
 
 log = logging.getLogger(__name__)
+# Plans whose checkpoints hold the whole model and optimizer in the same files.
+WHOLE = ("cpu", "single", "ddp")
 
 
-def train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
+def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> None:
     """Train `run` to its end and leave its model in model/.
 
     Raises RunStopped after a requested stop, with a checkpoint saved; ConfigError, DataError or PreflightError before
     the first step.
     """
     config = load_run_config(run.config)
-    from sft_dist.data.prepare import prepare
+    from sft_dist.train.adapter import add_adapter
+    from sft_dist.train.arguments import sft_config
     from sft_dist.train.attention import register
     from sft_dist.train.callbacks import RunRecorder, trackers
-    from sft_dist.train.model import load_model
-    from sft_dist.train.pretrained import cache_root
+    from sft_dist.train.model import compile_layers, gather_by_layer, load_model
     from sft_dist.train.publish import publish_model
     from sft_dist.train.tokenizer import load_tokenizer
     from sft_dist.train.trainer import build_trainer
 
     register()
     tokens = load_tokenizer(config.model)
-    prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
-    write_json(run.ledger, prepared.ledger)
-    log.info("%s", summary(prepared.ledger))
-    refined = with_longest_row(config, resolved, prepared.ledger["train"]["longest_row"])
-    if refined is not resolved:
-        for line in refined.decisions[len(resolved.decisions) :]:
-            log.info("%s", line)
-        resolved = refined
-        write_json(run.env, environment(this_machine(), resolved))
-    model = load_model(config.model, tokens, dtype=resolved.dtype, attn_implementation=resolved.attn_implementation)
-    facts = {"plan": resolved.plan, "world_size": 1, "data": prepared.ledger["key"], "dtype": resolved.dtype}
-    progress = Progress()
-    recorder = RunRecorder(run, config, current.stop, progress, facts)
-    callbacks = [recorder, *trackers(config, run)]
-    trainer = build_trainer(config, resolved, run, model, tokens.tokenizer, prepared, callbacks)
-    checkpoint = _resume_from(run, facts)
+    prepared = _prepare(run, config, tokens, ranks)
+    resolved = _refine(run, config, resolved, prepared.ledger, ranks)
+    # Before the model: from here on transformers knows that each process keeps a share of it only.
+    arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None)
+    # Weights that an adapter leaves as they are need no float32 masters.
+    dtype = resolved.loading_dtype if config.model.lora is None else resolved.dtype
+    model = load_model(config.model, tokens, dtype=dtype, attn_implementation=resolved.attn_implementation)
+    if resolved.plan == "zero3":
+        gather_by_layer(model)
+    if resolved.compile_layers:
+        compile_layers(model)
+    if config.model.lora is not None:
+        model = add_adapter(model, config.model, tokens, plan=resolved.plan, seed=config.run.seed)
+    facts = {**resolved.facts(), "data": prepared.ledger["key"]}
+    progress = Progress(silent=not ranks.is_main)
+    recorder = RunRecorder(run, config, current.stop, progress, facts, ranks)
+    callbacks = [recorder, *(trackers(config, run) if ranks.is_main else ())]
+    trainer = build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks)
+    checkpoint = ranks.by_main(lambda: _resume_from(run, facts))
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+        except ValueError as error:
+            raise _disagreement(error) from None
         finally:
             progress.end()
         step = trainer.state.global_step
         current.facts.update(first_step=recorder.first_step, last_step=step)
         if step < trainer.state.max_steps:
-            raise RunStopped(f"stopped by {current.stop.reason} at step {step}, saved as checkpoint-{step}")
-        publish_model(run, config, trainer.model, tokens.tokenizer)
-    if current.stop.reason:  # asked during the last step or the publishing: both are done
-        raise RunStopped(f"stopped by {current.stop.reason} after the last step; the model is complete")
+            raise RunStopped(f"stopped by {recorder.stopped_by} at step {step}, saved as checkpoint-{step}")
+        publish_model(run, config, resolved, trainer, tokens, ranks)
+    if ranks.largest(current.stop.number):  # asked during the last step or the publishing: both are done
+        raise RunStopped("stopped after the last step; the model is complete")
+
+
+def _disagreement(error: ValueError) -> Exception:
+    """`error`, in our words where transformers compared a user's DeepSpeed file with its own arguments: only now."""
+    if "DeepSpeed config values that mismatch" not in str(error):
+        return error
+    differences = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
+    hint = "hf is what the config asks for: change it (model.dtype, train), or write auto into the file"
+    return ConfigError("the DeepSpeed file of the launch disagrees with the config", problems=differences, hint=hint)
+
+
+def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) -> Prepared:
+    """The tokenised rows: the main process makes them if they are not there yet, then all of them map the same files."""
+    from sft_dist.data.prepare import prepare
+    from sft_dist.train.pretrained import cache_root
+
+    def rows() -> Prepared:
+        return prepare(config, tokens.tokenizer, tokens.template, cache_root())
+
+    made: list[Prepared] = []
+    ranks.by_main(lambda: made.append(rows()))
+    if not ranks.is_main:
+        return rows()
+    write_json(run.ledger, made[0].ledger)
+    log.info("%s", summary(made[0].ledger))
+    return made[0]
+
+
+def _refine(run: RunDir, config: Config, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
+    """What the rows' real lengths change, on record."""
+    refined = with_rows(config, resolved, this_machine(), ledger["train"])
+    if refined is not resolved and ranks.is_main:
+        for line in refined.decisions:
+            if line not in resolved.decisions:
+                log.info("%s", line)
+        write_json(run.env, environment(this_machine(), refined))
+    return refined
 
 
 def resolve_here(config: Config) -> Resolved:
-    """Decide every `auto` on this machine, and settle its threads and visible GPU for this process.
+    """Decide every `auto` for this process or those that were launched with it, and settle its threads and GPU.
 
-    Must run before torch is imported: it reads the visible GPUs and the threads' settings once.
+    Must run before torch is imported: it reads the visible GPUs and the threads' settings once. A plan of several
+    processes is only decided here, not settled: its workers do that.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but parallel.plan {config.parallel.plan!r} is one process",
-            hint="start it with `sft-dist train CONFIG` or `python -m sft_dist.train CONFIG`",
-        )
-    resolved = resolve(config, this_machine())
+    world = this_world()
+    resolved = resolve(config, this_machine(), world)
+    if resolved.layout.plan.engine != "none" and not world.launched:
+        return resolved
+    forget_accelerate()
     if resolved.plan == "single":
         # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if resolved.plan == "cpu":
+    if resolved.use_cpu:
         settle_cpu()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if resolved.layout.plan.engine == "fsdp2":
+        # transformers asks for it when it loads: only the main process then reads the weights.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     import torch
 
     from sft_dist.train.quiet import quiet_libraries
 
     quiet_libraries()
-    if resolved.plan == "single" and not torch.cuda.is_available():
+    if not resolved.use_cpu and not torch.cuda.is_available():
         raise PreflightError(
             f"nvidia-smi lists a GPU, but this torch ({torch.__version__}) cannot use it",
             hint="install a CUDA build of torch that fits the driver, or set parallel.plan=cpu",
         )
-    if resolved.plan == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if resolved.use_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(resolved.num_threads)
     return resolved
+
+
+def needs_engine(resolved: Resolved) -> None:
+    """Raise PreflightError unless the package of the plan's engine is installed."""
+    if resolved.layout.plan.engine == "deepspeed" and find_spec("deepspeed") is None:
+        raise PreflightError(
+            f"parallel.plan is {resolved.plan}, but the package deepspeed is not installed",
+            hint="pip install 'sft-dist[deepspeed]', or choose fsdp2 or ddp, which need nothing else",
+        )
 
 
 def record_environment(run: RunDir, resolved: Resolved) -> None:
@@ -131,12 +196,24 @@ def _resume_from(run: RunDir, facts: dict[str, Any]) -> str | None:
     if checkpoint is None:
         return None
     manifest = read_json(checkpoint / MANIFEST)
-    changed = [name for name in ("data", "dtype") if manifest.get(name) != facts[name]]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint.name} was trained with other {' and '.join(changed)}: {[manifest.get(n) for n in changed]}, "
-            f"now {[facts[n] for n in changed]}",
-            hint="restore what it was, or start a new run with run.name=ANOTHER_NAME",
-        )
+    _refuse_other_run(checkpoint.name, manifest, facts)
     log.info("resuming from %s", checkpoint.name)
     return str(checkpoint)
+
+
+def _refuse_other_run(name: str, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
+    """CheckpointError if the checkpoint's files mean something else to the plan, the data or the dtype of now."""
+    names = ["data", "dtype", "plan"]
+    # FSDP2's checkpoints are cut anew for any number of processes, and those of whole copies are not cut at all.
+    if manifest.get("plan") in ("zero1", "zero2", "zero3"):
+        names.append("world_size")
+    changed = [field for field in names if manifest.get(field) != facts[field]]
+    if manifest.get("plan") in WHOLE and facts["plan"] in WHOLE and "plan" in changed:
+        changed.remove("plan")
+    if not changed:
+        return
+    was, now = [manifest.get(field) for field in changed], [facts[field] for field in changed]
+    hint = "restore what it was, or start a new run with run.name=ANOTHER_NAME"
+    if "world_size" in changed:
+        hint = f"DeepSpeed's checkpoint is in {was[changed.index('world_size')]} parts: resume with as many processes"
+    raise CheckpointError(f"{name} was trained with other {' and '.join(changed)}: {was}, now {now}", hint=hint)

@@ -85,6 +85,7 @@ def test_joined_documents_have_the_logits_of_each_alone(family: str) -> None:
 def test_joined_documents_have_the_gradients_of_all_alone(family: str) -> None:
     rows = documents()
     ours, stock = model_of(family, NAME).train(), model_of(family, "sdpa").train()
+    loss.install(ours)
     count = sum(length - 1 for length in LENGTHS)
     value, trained, _ = loss.trained_token_loss(ours, joined(rows), count)
     assert int(trained) == count, "the first token of a later document is predicted from the one before"

@@ -32,8 +32,16 @@ IGNORED = -100
 
 
 def llama(*, tied: bool) -> LlamaForCausalLM:
+    """A model as it comes from transformers."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+
+
+def with_our_loss(*, tied: bool) -> LlamaForCausalLM:
+    """The same model, able to compute our loss inside of its forward pass."""
+    model = llama(tied=tied)
+    loss.install(model)
+    return model
 
 
 def batch(rows: int = 4, length: int = 23, share: float = 0.5) -> dict[str, torch.Tensor]:
@@ -68,7 +76,7 @@ def test_loss_and_all_gradients_are_those_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, tied: bool, chunk: int, divisor: int | None
 ) -> None:
     monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
-    model, inputs = llama(tied=tied), batch()
+    model, inputs = with_our_loss(tied=tied), batch()
     expected, count, right = plain(model, inputs, divisor)
     assert count > 20, "too few trained positions to make several chunks"
     expected.backward()
@@ -89,7 +97,7 @@ def test_loss_and_all_gradients_are_those_of_cross_entropy(
 
 
 def test_the_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
-    model, inputs = llama(tied=True), batch()
+    model, inputs = with_our_loss(tied=True), batch()
     (plain(model, inputs, None)[0] * 3 + 1).backward()
     wanted = gradients(model)
     model.zero_grad()
@@ -99,7 +107,7 @@ def test_the_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
 
 
 def test_without_a_trained_token_the_loss_and_the_gradient_are_zero() -> None:
-    model, inputs = llama(tied=True), batch()
+    model, inputs = with_our_loss(tied=True), batch()
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
     value, trained, correct = loss.trained_token_loss(model, inputs, None)
     assert (float(value.detach()), int(trained), int(correct)) == (0.0, 0, 0)
@@ -108,7 +116,7 @@ def test_without_a_trained_token_the_loss_and_the_gradient_are_zero() -> None:
 
 
 def test_the_first_token_of_a_row_is_never_predicted() -> None:
-    model, inputs = llama(tied=True), batch(rows=1)
+    model, inputs = with_our_loss(tied=True), batch(rows=1)
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
     inputs["labels"][0, 0] = inputs["input_ids"][0, 0]
     assert int(loss.trained_token_loss(model, inputs, None)[1]) == 0
@@ -117,7 +125,7 @@ def test_the_first_token_of_a_row_is_never_predicted() -> None:
 @pytest.mark.parametrize("chunk", [5, 256])
 def test_without_gradients_the_loss_is_the_same(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
-    model, inputs = llama(tied=True), batch()
+    model, inputs = with_our_loss(tied=True), batch()
     with torch.no_grad():
         value, _, correct = loss.trained_token_loss(model, inputs, None)
         expected, _, right = plain(model, inputs, None)
@@ -127,7 +135,7 @@ def test_without_gradients_the_loss_is_the_same(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_frozen_head_still_passes_the_gradient_on() -> None:
-    model, inputs = llama(tied=False), batch()
+    model, inputs = with_our_loss(tied=False), batch()
     model.lm_head.weight.requires_grad_(False)
     plain(model, inputs, None)[0].backward()
     wanted = gradients(model)
@@ -144,7 +152,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_way() -> None:
     reference = plain(exact, inputs, None)[0]
     reference.backward()
     wanted = gradients(exact)
-    half = llama(tied=True).bfloat16()
+    half = with_our_loss(tied=True).bfloat16()
     plain(half, inputs, None)[0].backward()
     common = gradients(half)
     half.zero_grad()
@@ -243,12 +251,34 @@ def test_another_loss_is_left_to_trl(
 
 
 def test_loss_and_metrics_agree_with_trls_own(trainer_of: Callable[..., Trainer]) -> None:
-    model, inputs = llama(tied=True), batch()
+    """Over two micro batches: the loss of each, then what is logged of both."""
+    model, batches = llama(tied=True), (batch(), batch(rows=3, length=31, share=0.3))
     ours, theirs = trainer_of(model), trainer_of(model)
     model.train()
-    divisor = torch.tensor(40)
-    value = ours.compute_loss(model, dict(inputs), num_items_in_batch=divisor)
-    expected = SFTTrainer.compute_loss(theirs, model, dict(inputs), num_items_in_batch=divisor)
-    torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-6)
-    for name in ("mean_token_accuracy", "num_tokens"):
-        assert ours._metrics["train"][name] == pytest.approx(theirs._metrics["train"][name]), name
+    divisor = torch.tensor(80)
+    for inputs in batches:
+        value = ours.compute_loss(model, dict(inputs), num_items_in_batch=divisor)
+        expected = SFTTrainer.compute_loss(theirs, model, dict(inputs), num_items_in_batch=divisor)
+        torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-6)
+    ours.log({"loss": 1.0})
+    SFTTrainer.log(theirs, {"loss": 1.0})
+    logged = ours.state.log_history[-1]
+    assert logged["num_tokens"] == theirs.state.log_history[-1]["num_tokens"] > 0
+    # TRL's accuracy is the mean of the batches' accuracies; ours weighs each token the same.
+    parts = [plain(model, inputs, None)[1:] for inputs in batches]
+    count, right = (sum(part[index] for part in parts) for index in (0, 1))
+    assert logged["mean_token_accuracy"] == pytest.approx(right / count)
+    means = sum(part[1] / part[0] for part in parts) / 2
+    assert theirs.state.log_history[-1]["mean_token_accuracy"] == pytest.approx(means)
+
+
+def test_what_was_logged_is_not_counted_again(trainer_of: Callable[..., Trainer]) -> None:
+    model, inputs = llama(tied=True), batch()
+    trainer = trainer_of(model)
+    model.train()
+    for _ in range(2):
+        trainer.compute_loss(model, dict(inputs))
+        trainer.log({"loss": 1.0})
+    first, second = trainer.state.log_history
+    assert second["num_tokens"] == 2 * first["num_tokens"] == 2 * int(inputs["attention_mask"].sum())
+    assert second["mean_token_accuracy"] == first["mean_token_accuracy"]

@@ -293,10 +293,16 @@ def test_an_explicit_gpu_plan_without_a_gpu_is_exit_2(call_cli: CallCli, capsys:
     one_screen(capsys.readouterr().err)
 
 
-def test_more_than_one_process_is_refused(call_cli: CallCli, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_the_command_under_a_launcher_is_refused(
+    call_cli: CallCli, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert call_cli("train", "smoke", *SMALL) == 2
-    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    one_screen(errors)
+    assert "-m sft_dist.train" in errors
+    assert not (tmp_path / "runs").exists()
 
 
 def test_settings_that_trl_refuses_are_exit_2(call_cli: CallCli, capsys: Any) -> None:

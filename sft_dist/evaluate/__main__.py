@@ -1,0 +1,39 @@
+"""`python -m sft_dist.evaluate RUN_DIR before|after`: ask and score in a process of its own, on one device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from sft_dist.config.loader import load_run_config
+from sft_dist.errors import SftDistError, exit_status, explained
+from sft_dist.logs import log_to_stderr
+from sft_dist.rundir import RunDir
+
+
+def main(arguments: list[str]) -> int:
+    """Write eval/WHEN.jsonl and scores.json of the run; the exit status is that of the error."""
+    log_to_stderr()
+    if len(arguments) != 2 or arguments[1] not in ("before", "after"):
+        sys.stderr.write("usage: python -m sft_dist.evaluate RUN_DIR before|after\n")
+        return 2
+    try:
+        from sft_dist.parallel.resolve import one_process
+        from sft_dist.train.worker import resolve_here
+
+        run = RunDir(Path(arguments[0]))
+        config = load_run_config(run.config)
+        resolved = resolve_here(one_process(config))
+        from sft_dist.evaluate.compare import evaluate_model, load_for
+
+        when: Literal["before", "after"] = "before" if arguments[1] == "before" else "after"
+        evaluate_model(config, run, load_for(config, run, resolved, when), when)
+    except (SftDistError, OSError) as error:
+        sys.stderr.write(explained(error))
+        return exit_status(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Jobs: start the worker, here through torchrun."""

@@ -1,0 +1,38 @@
+"""torchrun, without its page of traceback when a worker fails: the worker has said what went wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from sft_dist.jobs.launcher import ATTEMPT_HELD
+from sft_dist.rundir import RunDir
+
+
+def main() -> int:
+    """Run torchrun with this process's arguments; 1 if a worker failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.disable(logging.ERROR)  # "Sending process ... closing signal": what matters is in status.json
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        # A killed worker cannot say so, and the others only say that they miss it.
+        asked = (-signal.SIGINT, -signal.SIGTERM)  # a stop, before the worker was able to hear it
+        killed = [(rank, it) for rank, it in error.failures.items() if it.exitcode < 0 and it.exitcode not in asked]
+        for rank, failure in killed[:1]:
+            reason = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+            RunDir(Path(os.environ[ATTEMPT_HELD])).write_status(state="failed", reason=reason, exit_status=1)
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

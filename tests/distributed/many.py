@@ -1,0 +1,158 @@
+"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK]... / 4 RUN_DIR...`.
+
+Starting Python, torch and TRL takes longer than training a tiny model, so they are imported once, and the processes of a
+world (2, then 4 of them) are forks of this one, with the environment that torchrun gives its workers. Between runs the
+state that accelerate and transformers keep in modules is put back to its start. With @STEP:RANK that one process gets a
+SIGTERM in this step; a run that is named again afterwards goes on. A run that sft-dist refuses is left as it is, and the
+next one follows.
+
+Beside what a worker writes, each run gets forwards.json: how often a decoder layer computed its forward pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported, as resolve_here does it.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed  # noqa: F401
+
+from sft_dist.config.loader import load_run_config
+from sft_dist.errors import RunStopped, SftDistError, explained
+from sft_dist.files import write_json
+from sft_dist.logs import log_to_stderr
+from sft_dist.parallel.world import this_world
+from sft_dist.rundir import RunDir
+from sft_dist.train import arguments, callbacks, publish, trainer  # noqa: F401
+from sft_dist.train.attempt import attempt, joined
+from sft_dist.train.ranks import Ranks, join, leave
+from sft_dist.train.worker import record_environment, resolve_here, train
+
+
+def main() -> int:
+    log_to_stderr()
+    for slash, words in itertools.groupby(sys.argv[1:], lambda word: word == "/"):
+        if not slash:
+            size, *arms = words
+            if not fork(int(size), arms):
+                return 1
+    return 0
+
+
+def fork(size: int, arms: list[str]) -> bool:
+    """Train `arms` in `size` processes; whether all of them ended well. When one fails the others are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = set()
+    for rank in range(size):
+        worker = os.fork()
+        if worker == 0:
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
+            code = 1
+            try:
+                code = train_all(arms)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        workers.add(worker)
+    well = True
+    while workers:
+        ended, status = os.wait()
+        workers.discard(ended)
+        if status and well:
+            well = False
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+    return well
+
+
+def train_all(arms: list[str]) -> int:
+    """What one process does: every run in turn."""
+    for argument in arms:
+        folder, _, stop = argument.partition("@")
+        forget()
+        run = RunDir(Path(folder))
+        resolved = resolve_here(load_run_config(run.config))
+        ranks = join(this_world(), use_cpu=resolved.use_cpu)
+        forwards = count_forwards()
+        terminate_at(stop, ranks)
+        try:
+            with attempt(run) if ranks.is_main else joined(run, reports=False) as current:
+                if ranks.is_main:
+                    record_environment(run, resolved)
+                train(run, current, resolved, ranks)
+        except RunStopped:
+            pass
+        except SftDistError as error:
+            sys.stderr.write(explained(error) if ranks.is_main else "")
+        except Exception:
+            traceback.print_exc()
+            return 1  # the other processes may wait in a collective that never comes
+        ranks.barrier()  # the main one writes status.json last
+        if ranks.is_main:
+            write_json(run.path / "forwards.json", forwards[0])
+    leave()
+    return 0
+
+
+def forget() -> None:
+    """What the run before left behind in this process."""
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        os.environ.pop(name)
+    gc.collect()
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    unset_hf_deepspeed_config()
+
+
+def count_forwards() -> list[int]:
+    """A number, in a list, that goes up with each forward pass of a decoder layer from now on, by its MLP.
+
+    The layer's own forward method would not do: transformers wraps it, so that a recomputation does not go through it.
+    """
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain = getattr(LlamaMLP.forward, "plain", LlamaMLP.forward)
+    count = [0]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return plain(self, *args, **kwargs)
+
+    forward.plain = plain  # type: ignore[attr-defined]
+    LlamaMLP.forward = forward
+    return count
+
+
+def terminate_at(stop: str, ranks: Ranks) -> None:
+    """`stop` is STEP:RANK, or nothing."""
+    recorder = callbacks.RunRecorder
+    plain = getattr(recorder.on_step_end, "plain", recorder.on_step_end)
+    step, _, rank = stop.partition(":")
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if stop and (state.global_step, ranks.rank) == (int(step), int(rank)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(self, args, state, control, **kwargs)
+
+    on_step_end.plain = plain  # type: ignore[attr-defined]
+    recorder.on_step_end = on_step_end
+
+
+if __name__ == "__main__":
+    sys.exit(main())

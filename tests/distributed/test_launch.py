@@ -1,0 +1,267 @@
+"""The command starts the processes, passes signals on, tells what went wrong once, and leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from sft_dist.errors import ConfigError
+from sft_dist.files import read_json, read_jsonl
+from sft_dist.jobs.launcher import children
+from sft_dist.rundir import RunDir
+from sft_dist.train.checkpoint import damage, list_checkpoints
+
+TinyRun = Callable[..., RunDir]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO = ("parallel.plan=ddp", "parallel.num_processes=2")
+GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
+
+
+@pytest.fixture
+def start(cpu_environment: Mapping[str, str], tmp_path: Path) -> Iterator[Start]:
+    """`start("-m", "sft_dist", "resume", run.path)` starts Python with these words, in the test's folder."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str | Path, **variables: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path,
+            env={**cpu_environment, "COLUMNS": "200", **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=120)
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"it ended before: {process.communicate()}")
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def step(run: RunDir) -> int:
+    return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of the workers of a running `sft-dist train`, by rank."""
+    (agent,) = children(process.pid)
+    return sorted(children(agent), key=lambda pid: int(variable(pid, "RANK")))
+
+
+def variable(pid: int, name: str) -> str:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(entry.decode().partition("=")[2] for entry in entries if entry.startswith(f"{name}=".encode()))
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def test_a_run_is_stopped_and_resumed_from_end_to_end(start: Start, tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "whole")
+    options = [
+        "run.name=whole",
+        f"run.dir={run.path.parent}",
+        "train.max_steps=40",
+        "train.eval_strategy=no",
+        "checkpoint.save_strategy=no",
+        "evaluate.data={task: tickets, rows: 2, seed: 2}",
+        "evaluate.generation={max_new_tokens: 2}",
+    ]
+    first = start("-m", "sft_dist", "train", "smoke", *options, *TWO)
+    until(lambda: step(run) >= 2, first)
+    (agent,) = children(first.pid)
+    all_of_it = [agent, *workers(first)]
+    assert len(all_of_it) == 3
+    first.send_signal(signal.SIGINT)  # to the command alone, as a job script would; a terminal signals the whole group
+    code, _, err = finish(first)
+    assert code == 75, err
+    assert "Traceback" not in err
+    assert err.count(f"sft-dist resume {run.path}") == 1
+    assert gone(all_of_it)
+    status = run.read_status()
+    assert status["state"] == "stopped"
+    assert 2 <= status["step"] < 40
+    assert [(at, damage(path)) for at, path in list_checkpoints(run)] == [(status["step"], None)]
+    assert read_jsonl(run.eval / "before.jsonl")
+    assert not run.report.exists()
+
+    code, out, err = finish(start("-m", "sft_dist", "resume", run.path))
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert str(run.report) in out
+    assert run.read_status()["state"] == "done"
+    assert [row["step"] for row in read_jsonl(run.metrics) if "loss" in row] == list(range(1, 41))
+    attempts = [(row["ended"], row["first_step"], row["last_step"]) for row in read_jsonl(run.attempts)]
+    assert attempts == [("stopped", 0, status["step"]), ("done", status["step"], 40)]
+    assert len(read_jsonl(run.eval / "after.jsonl")) == len(read_jsonl(run.eval / "before.jsonl")) == 2
+    assert read_json(run.scores)
+    assert run.report.is_file()
+
+
+@pytest.fixture
+def endless(tiny_run: TinyRun, tmp_path: Path) -> RunDir:
+    return tiny_run(tmp_path, "endless", *TWO, "train.max_steps=1000000")
+
+
+def test_a_worker_that_is_killed_fails_the_run(start: Start, endless: RunDir) -> None:
+    process = start("-m", "sft_dist", "resume", endless.path)
+    until(lambda: step(endless) >= 2, process)
+    (agent,) = children(process.pid)
+    first, second = workers(process)
+    os.kill(second, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 1
+    reason = f"rank 1 (process {second}) was killed by SIGKILL"
+    assert err.count(reason) == 1
+    assert err.rstrip().endswith(f"error: {reason}")
+    assert (endless.read_status()["state"], endless.read_status()["reason"]) == ("failed", reason)
+    assert [(row["ended"], row["reason"]) for row in read_jsonl(endless.attempts)] == [("failed", reason)]
+    assert gone([agent, first, second])
+
+
+def test_workers_whose_launcher_is_killed_save_and_end(start: Start, endless: RunDir) -> None:
+    process = start("-m", "sft_dist", "resume", endless.path)
+    until(lambda: step(endless) >= 2, process)
+    (agent,) = children(process.pid)
+    pids = [agent, *workers(process)]
+    process.kill()
+    until(lambda: gone(pids), seconds=60)
+    status = endless.read_status()
+    assert status["state"] == "stopped"
+    assert [damage(path) for _, path in list_checkpoints(endless)] == [None]
+
+
+def test_what_is_wrong_is_said_once_with_its_exit_status(start: Start, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The main process prepares the rows, while the other one waits for it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(GOOD * 20 + '{"messages": []}\n')
+    run = tiny_run(tmp_path, "bad", *TWO, f"data.train={rows}")
+    code, out, err = finish(start("-m", "sft_dist", "resume", run.path))
+    assert code == 4
+    assert err.count("rows.jsonl:21") == 1, err
+    assert err.rstrip().endswith("data.on_bad_row=drop"), "torchrun, or the other process, had something to add"
+    assert out == ""
+    assert run.read_status()["state"] == "failed"
+    (attempt,) = read_jsonl(run.attempts)
+    for reason in (attempt["reason"], run.read_status()["reason"]):
+        assert "rows.jsonl:21" in reason
+
+
+# Python runs it when it starts: process 1 cannot load its tokenizer, as on a node where a disk is missing.
+BROKEN = """
+import os
+if os.environ.get("RANK") == "1":
+    import sft_dist.train.tokenizer as tokenizer
+    from sft_dist.errors import PreflightError
+    def load_tokenizer(model):
+        raise PreflightError("no tokenizer on this node")
+    tokenizer.load_tokenizer = load_tokenizer
+"""
+
+
+def test_the_reason_on_record_is_the_first_failure(start: Start, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The other process only misses its peer, or is ended by torchrun."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN)
+    run = tiny_run(tmp_path, "broken", *TWO)
+    code, _, err = finish(start("-m", "sft_dist", "resume", run.path, PYTHONPATH=str(tmp_path / "site")))
+    assert code == 3, err
+    assert err.count("no tokenizer on this node") == 1
+    assert "rank 1: error: no tokenizer on this node" in err
+    assert run.read_status()["reason"] == "no tokenizer on this node"
+
+
+# --- other launchers -------------------------------------------------------------------------------------------------
+
+CONFIG = """
+extends: smoke
+run: {name: mine, dir: runs}
+model: {dtype: DTYPE}
+data: {eval_size: 0, train: {task: mix, rows: 24, seed: 1}}
+train: {max_steps: 3, eval_strategy: 'no'}
+checkpoint: {save_strategy: 'no'}
+evaluate: {data: null, labels: [], before: false, after: false}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_dir: Path) -> Callable[[str], Path]:
+    def write(dtype: str) -> Path:
+        (tmp_path / "mine.yaml").write_text(CONFIG.replace("DTYPE", dtype))
+        return tmp_path / "mine.yaml"
+
+    return write
+
+
+def test_accelerate_launch_starts_the_worker_and_says_the_plan(
+    start: Start, config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The file asks for eight GPUs; two processes without one are enough to see that its plan arrives."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    words = ("--config_file", "launch/accelerate/zero2.yaml", "--num_processes", "2", "-m", "sft_dist.train")
+    code, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", "launch", *words, config("bfloat16")))
+    assert code == 0, err
+    run = RunDir(tmp_path / "runs" / "mine")
+    assert run.read_status()["state"] == "done"
+    assert [row["ended"] for row in read_jsonl(run.attempts)] == ["done"]
+    resolved = read_json(run.path / "env.json")["resolved"]
+    assert (resolved["plan"], resolved["world_size"]) == ("zero2", 2)
+    assert err.count("parallel.plan = zero2: accelerate launch was told so") == 1, "only one process tells"
+
+
+def test_a_deepspeed_file_that_disagrees_is_explained(tmp_path: Path) -> None:
+    """transformers compares the two as late as in train(), in words that name neither file nor config."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    from sft_dist.train.worker import _disagreement
+
+    theirs = HfTrainerDeepSpeedConfig({"bf16": {"enabled": True}, "gradient_clipping": 3.0})
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    theirs.trainer_config_process(arguments)
+    with pytest.raises(ValueError) as caught:
+        theirs.trainer_config_finalize(arguments, None, 10)
+    error = _disagreement(caught.value)
+    assert isinstance(error, ConfigError)
+    assert len(error.problems) == 2
+    assert any("bf16.enabled=True" in line for line in error.problems)
+    other = ValueError("out of range")
+    assert _disagreement(other) is other
+
+
+def test_a_plan_of_several_processes_is_refused_without_a_launcher(
+    start: Start, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    run = tiny_run(tmp_path, "alone", *TWO)
+    code, _, err = finish(start("-m", "sft_dist.train", run.path))
+    assert code == 2
+    assert f"sft-dist train {run.path}" in err
+    assert len(err.strip().splitlines()) == 2

@@ -1,0 +1,192 @@
+"""Starting workers: the command, who hears which signal, and who ends with whom. The workers here are small scripts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config.schema import Config
+from sft_dist.jobs import launcher
+from sft_dist.parallel.machine import Machine
+from sft_dist.parallel.resolve import Resolved, resolve
+from sft_dist.rundir import RunDir
+
+LAPTOP = Machine(cpu="x", cores=8, cpu_bf16=False, memory_gib=16.0, gpus=())
+
+# Stands in for torchrun: starts two workers, writes their ids, waits for both.
+AGENT = """
+import subprocess, sys
+workers = [subprocess.Popen([sys.executable, sys.argv[1], sys.argv[2], str(rank)]) for rank in range(2)]
+sys.exit(max(abs(worker.wait()) for worker in workers))
+"""
+# Writes a file when it can hear, ends with 0 on a SIGUSR1 or SIGTERM, and notes which one it was.
+WORKER = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), sys.argv[2]
+def heard(number, frame):
+    (folder / f"heard-{rank}").write_text(signal.Signals(number).name)
+    sys.exit(0)
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, heard)
+(folder / f"ready-{rank}").write_text(f"{os.getpid()} {os.environ.get('SFT_DIST_ATTEMPT_HELD')} {os.environ.get('OMP_NUM_THREADS')}")
+time.sleep(60)
+"""
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def two() -> Resolved:
+    return resolve(Config.model_validate({"parallel": {"plan": "ddp", "num_processes": 2}}), LAPTOP)
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the two scripts and of what the workers leave; the launcher starts them instead of torchrun."""
+    (tmp_path / "agent.py").write_text(AGENT)
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, str(tmp_path / "agent.py"), str(tmp_path / "worker.py"), str(tmp_path)]
+    monkeypatch.setattr(launcher, "torchrun", lambda resolved, arguments: command)
+    return tmp_path
+
+
+def ready(folder: Path) -> bool:
+    return all((folder / f"ready-{rank}").is_file() and (folder / f"ready-{rank}").read_text() for rank in (0, 1))
+
+
+def workers(folder: Path) -> list[int]:
+    return [int((folder / f"ready-{rank}").read_text().split()[0]) for rank in (0, 1)]
+
+
+def test_the_command_is_torchrun_with_the_plans_processes(two: Resolved) -> None:
+    command = launcher.torchrun(two, ["-m", "sft_dist.train", "RUN"])
+    assert command[:3] == [sys.executable, "-m", "sft_dist.jobs.elastic"]
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+    assert command[-3:] == ["-m", "sft_dist.train", "RUN"]
+
+
+def test_children_are_the_direct_ones_only() -> None:
+    """The child has one of its own."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    before = set(launcher.children(os.getpid()))
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until(lambda: bool(launcher.children(child.pid)))
+        assert set(launcher.children(os.getpid())) - before == {child.pid}
+        (grandchild,) = launcher.children(child.pid)
+        os.kill(grandchild, signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+    assert launcher.children(child.pid) == []
+
+
+def test_a_signal_reaches_every_worker_and_not_the_agent(two: Resolved, scripts: Path) -> None:
+    heard: list[int] = []
+
+    def ask() -> None:
+        until(lambda: ready(scripts))
+        heard.append(signal.SIGUSR1)
+
+    threading.Thread(target=ask).start()
+    run = RunDir(scripts / "run")
+    assert launcher.run_workers(run, two, heard) == 0, "the agent was hit, or a worker did not hear"
+    assert [(scripts / f"heard-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+    _, held, threads = (scripts / "ready-0").read_text().split()
+    assert (held, threads) == (str(run.path), os.environ.get("OMP_NUM_THREADS", "4"))
+
+
+def test_a_signal_that_comes_before_the_workers_waits_for_them(
+    two: Resolved, scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun needs seconds to start them. Here they count as started once they can hear."""
+    found = launcher.children
+    monkeypatch.setattr(launcher, "children", lambda pid: found(pid) if ready(scripts) else [])
+    assert launcher.run_workers(RunDir(scripts / "run"), two, [signal.SIGUSR1]) == 0
+    assert [(scripts / f"heard-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+
+
+def test_whoever_leaves_at_once_leaves_no_worker_behind(two: Resolved, scripts: Path) -> None:
+    class Impatient(list[int]):
+        def __len__(self) -> int:
+            if ready(scripts):
+                raise KeyboardInterrupt
+            return 0
+
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run_workers(RunDir(scripts / "run"), two, Impatient())
+    until(lambda: not any(alive(pid) for pid in workers(scripts)))
+    assert not list(scripts.glob("heard-*")), "they were asked to save, not killed"
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from sft_dist.config.schema import Config
+from sft_dist.jobs import launcher
+from sft_dist.parallel.machine import Machine
+from sft_dist.parallel.resolve import resolve
+from sft_dist.rundir import RunDir
+folder = Path(sys.argv[1])
+two = resolve(Config.model_validate({"parallel": {"plan": "ddp", "num_processes": 2}}), Machine("x", 8, False, 16.0, ()))
+launcher.torchrun = lambda resolved, arguments: [sys.executable, str(folder / "agent.py"), str(folder / "worker.py"), str(folder)]
+if sys.argv[2] == "alone":
+    launcher.run_alone([str(folder / "worker.py"), str(folder), "0"])
+else:
+    launcher.run_workers(RunDir(folder / "run"), two, [])
+"""
+
+
+def test_a_launcher_that_is_killed_takes_its_agent_with_it(scripts: Path) -> None:
+    """Else the workers would train on, unrecorded, beside those of the resume. torchrun passes the SIGTERM on."""
+    killed = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(scripts), "workers"])
+    until(lambda: ready(scripts))
+    (agent,) = launcher.children(killed.pid)
+    killed.kill()
+    killed.wait()
+    until(lambda: not alive(agent))
+    for pid in workers(scripts):  # this agent is no torchrun
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_process_that_runs_alone_ends_with_the_one_that_started_it(scripts: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(scripts), "alone"])
+    until(lambda: (scripts / "ready-0").is_file())
+    killed.kill()
+    killed.wait()
+    until(lambda: (scripts / "heard-0").is_file())
+    assert (scripts / "heard-0").read_text() == "SIGTERM"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_that_runs_alone_says_how_it_ended(status: int) -> None:
+    assert launcher.run_alone(["-c", f"raise SystemExit({status})"]) == status
+
+
+def test_what_workers_print_is_no_result(two: Resolved, scripts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (scripts / "agent.py").write_text("print('DeepSpeed built something')\n")
+    assert launcher.run_workers(RunDir(scripts / "run"), two, []) == 0
+    assert launcher.run_alone(["-c", "print('and something else')"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == ["DeepSpeed built something", "and something else"]
