@@ -14,6 +14,7 @@ from sft_dist.config.explain import json_schema
 from sft_dist.config.sft_fields import known_sft_fields, sft_config_fields
 from sft_dist.files import write_text
 from sft_dist.parallel.launch_files import launch_files
+from sft_dist.parallel.table import planner_table
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def light_files() -> dict[str, str]:
     return {
         "docs/config.md": config_reference(schema),
         "docs/sft-dist.schema.json": json.dumps(schema, indent=2) + "\n",
+        "docs/planner.md": planner_table(),
         **launch_files(),
     }
 

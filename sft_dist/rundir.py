@@ -2,6 +2,7 @@
 
 runs/NAME/
   config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
+  plan/predicted.json  plan/measured.json    what the planner said of GPU memory and time, and what it was
   status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
   attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
   data/ledger.json                           rows and tokens in, dropped and why
@@ -94,6 +95,18 @@ class RunDir:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan"
+
+    @property
+    def predicted(self) -> Path:
+        return self.path / "plan" / "predicted.json"
+
+    @property
+    def measured(self) -> Path:
+        return self.path / "plan" / "measured.json"
 
     @property
     def loss_plot(self) -> Path:

@@ -89,10 +89,14 @@ def _shared_rows(config: Config) -> Iterator[Problem]:
         if extra.get(name, plain) != plain:
             text = f"{shown(extra[name])} is not possible with {field} {size}; take it out, or set {field}=1"
             yield Problem(f"train.extra.{name}", text, (field,))
-    # deepspeed, UlyssesSPDataLoaderAdapter.refill: "batch's seqlen isn't divisible by sp-size".
-    multiple = extra.get("pad_to_multiple_of")
-    if isinstance(multiple, int) and multiple % size:
-        text = f"{multiple} is not a multiple of {field} {size}; use {-(-multiple // size) * size}"
+    # deepspeed, UlyssesSPDataLoaderAdapter.refill: "batch's seqlen isn't divisible by sp-size". Rows are padded to
+    # data.max_length (train/arguments.py), since it gathers them from the processes of a group.
+    if config.data.max_length % size:
+        length = -(-config.data.max_length // size) * size
+        text = f"{config.data.max_length} is not a multiple of {field} {size}; use {length}"
+        yield Problem("data.max_length", text, (field,))
+    if "pad_to_multiple_of" in extra:
+        text = f"would be ignored: rows that are shared are padded to data.max_length; take it out, or set {field}=1"
         yield Problem("train.extra.pad_to_multiple_of", text, (field,))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def _tokenize_split(
 
     data = config.data
     disable_progress_bars()
-    counts = {
+    counts: dict[str, Any] = {
         "rows": 0,
         "dropped_refused_by_template": 0,
         "dropped_answer_empty": 0,
@@ -112,6 +113,7 @@ def _tokenize_split(
         "truncated_rows": 0,
         "truncated_tokens": 0,
         "longest_row": 0,
+        "spread": 0.0,
         "tokens": 0,
         "trained_tokens": 0,
     }
@@ -145,6 +147,8 @@ def _tokenize_split(
             f"none of the {len(examples)} rows has an answer within data.max_length {data.max_length} tokens",
             hint="raise data.max_length; `sft-dist data preview` shows how long the rows are",
         )
+    lengths = [len(row["input_ids"]) for row in usable]
+    counts["spread"] = round(statistics.pstdev(lengths), 2)
     return Dataset.from_list(usable, features=features), counts
 
 

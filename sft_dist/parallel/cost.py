@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sft_dist.parallel.architecture import Architecture
 from sft_dist.parallel.hardware import GPUS, GpuModel
-from sft_dist.parallel.memory import FUSED_LAYERS, Batch, layer_activations
+from sft_dist.parallel.memory import Batch, layer_activations
 from sft_dist.parallel.plans import Layout
 from sft_dist.parallel.storage import offloaded_bytes
 from sft_dist.parallel.traffic import Sent, Traffic, traffic
@@ -16,25 +16,31 @@ from sft_dist.parallel.weights import Weights
 # Share of the peak that a matrix product with 16,384 rows reaches, by the width of the hidden state: 560, 686, 710, 714
 # and 761 of 989 TFLOP/s on an H100 (torch 2.11). Other GPUs: scaled by their `gemm_share` over the H100's.
 GEMM_SHARE = ((576, 0.566), (1024, 0.694), (2048, 0.718), (2560, 0.722), (4096, 0.769))
-# torch's varlen flash attention, forward and backward pass, as a share of the peak: 74 of 989 TFLOP/s at a mean length
-# of 597. It grows with the length l as ATTENTION_LIMIT * l / (l + ATTENTION_HALF); the limit is flash attention 2's.
-ATTENTION_LIMIT = 0.33
-ATTENTION_HALF = 2065
+# torch's varlen flash attention (flash attention 2), forward and backward pass, as a share of the peak: it grows with the
+# length l as ATTENTION_LIMIT * l / (l + ATTENTION_HALF). The limit is published (Shah et al., 2024: 35 % of an H100's peak
+# for long rows); the half makes 4.0 passes (below) of the measured step at a mean length of 1,067 (215 TFLOP/s).
+ATTENTION_LIMIT = 0.35
+ATTENTION_HALF = 670
 # How often the bytes that a layer saves go through memory in forward and backward pass, in all that is no matrix
-# product and no attention. Eager: what is left of 371 ms at 16,384 tokens (Qwen3-0.6B, H100). Fused: compiled layers of
-# Qwen3-0.6B, 1.7B and 4B leave 3.5, 5.7 and 9.7 times.
-PASSES = 7.0 if FUSED_LAYERS else 20.0
+# product and no attention: what is left of 165 ms (compiled) and 381 ms (eager) a step of 20,437 and 21,288 tokens on
+# one H200 (Qwen3-0.6B, benchmarks/results/plans-h200x2.json). Compiled on an H100, 4.0 and 4.9 (Qwen3-0.6B, 1.7B).
+PASSES = {True: 4.0, False: 23.0}
 # Bytes through memory for each input of a linear layer with an adapter: PEFT casts it to float32, multiplies it, and the
 # same back. Not measured.
 ADAPTER_TRAFFIC = 24
-# Bytes through memory for each logit, besides the head's products: softmax, gradient, conversions (train/loss.py).
-LOGIT_TRAFFIC = 50
-# Seconds of host time to launch one layer in forward and backward pass: 181 kernels of about 6.5 us; recomputed, 243.
-LAUNCH_S, LAUNCH_CHECKPOINTED_S = 1.2e-3, 1.6e-3
-# Seconds of host time that an engine's hooks take for each tensor in a micro batch. DeepSpeed: Qwen3-0.6B on two H200,
-# 414 ms (ZeRO-2) and 796 ms (ZeRO-3) a micro batch with 310 tensors, where one GPU took 358 ms; pessimistic, two runs
-# shared the host. FSDP2: not measured.
-HOOK_S = {"zero1": 0.3e-3, "zero2": 1.2e-3, "zero3": 2.4e-3, "fsdp2": 0.3e-3}
+# Bytes through memory for each trained token's logit, besides the head's products (train/loss.py): written 2, read for
+# the best guess 2, converted 6, softmax 12, its exponential 8, divided 8, converted 6.
+LOGIT_TRAFFIC = 44
+# Seconds of host time to launch one layer in forward and backward pass, eager: 134 to 157 ms a micro batch of a few
+# hundred tokens with 28 layers, Trainer's own work included (two H200, on a shared host). Compiled: not measured; a third
+# of the kernels. Recomputing is one more forward pass.
+LAUNCH_S = {True: 1.6e-3, False: 4.8e-3}
+LAUNCH_AGAIN = 4 / 3
+# Seconds that a micro batch takes longer with an engine, for each trained tensor: 60 ms (zero2), 65 (zero1) and 74 (fsdp2)
+# more than ddp, compiled, with 310 tensors. It hides behind nothing: zero2 took 72 ms more with eager layers too, whose
+# step is twice as long, and 82 more in micro batches of a few hundred tokens. zero3: from the one run there is, in which
+# some layers were compiled and others not; not calibrated.
+HOOK_S = {"zero1": 0.21e-3, "zero2": 0.195e-3, "zero3": 0.36e-3, "fsdp2": 0.24e-3}
 # Share of a pass behind which communication can hide, and the share of it that never does.
 OVERLAP, ALWAYS_SEEN = 0.8, 0.05
 # Bytes through memory for each element in AdamW's step: gradient, master and two moments read, three written, and the
@@ -46,13 +52,26 @@ BACKWARD_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one process computes in a micro batch, on average."""
+
+    tokens: float
+    length: float
+    """Mean length of the documents, weighted by their tokens: what attention takes."""
+    trained: float = 1.0
+    """Share of the tokens that the head sees."""
+    waiting: float = 1.0
+    """Tokens of the process with the most, over the mean: the others wait for it. 1 where all rows are equally long."""
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step by what they are spent on, and the work done in it."""
 
     compute: float
     """Arithmetic and memory on the GPU, with what is recomputed."""
     host: float
-    """What the GPU waits for launches and hooks."""
+    """What the GPU waits for: launches, and what an engine adds."""
     communication: float
     """What nothing hides."""
     optimizer: float
@@ -93,16 +112,17 @@ def gemm_flops(architecture: Architecture, gpu: GpuModel) -> float:
 
 
 def step_time(
-    architecture: Architecture, weights: Weights, layout: Layout, batch: Batch, mean_length: float, gpu: GpuModel
+    architecture: Architecture, weights: Weights, layout: Layout, batch: Batch, work: Work, gpu: GpuModel
 ) -> StepTime:
-    """Seconds of one optimizer step whose rows have `mean_length` tokens."""
-    tokens = batch.rows * mean_length / batch.sequence_parallel
-    forward_and_backward, flops = _micro_batch(architecture, weights, layout, tokens, mean_length, gpu)
-    launch = LAUNCH_CHECKPOINTED_S if layout.gradient_checkpointing else LAUNCH_S
+    """Seconds of one optimizer step whose micro batches have so much `work`."""
+    tokens = work.tokens
+    forward_and_backward, flops = _micro_batch(architecture, weights, layout, work, gpu)
+    forward_and_backward *= work.waiting
+    launch = LAUNCH_S[layout.compile_layers] * (LAUNCH_AGAIN if layout.gradient_checkpointing else 1)
     hooks = HOOK_S.get(layout.plan.name, 0.0) * weights.tensors
     # ZeRO-1's hooks do nothing but in the last micro batch.
     repeated = hooks if layout.plan.name != "zero1" else hooks / batch.accumulation
-    host = max(0.0, architecture.layers * launch + repeated - forward_and_backward)
+    host = max(0.0, architecture.layers * launch - forward_and_backward) + repeated
     micro = forward_and_backward + host
     sent = traffic(architecture, weights, layout, batch, gpu)
     optimizer = _optimizer_time(weights, layout, gpu)
@@ -125,19 +145,22 @@ def step_time(
 
 
 def _micro_batch(
-    architecture: Architecture, weights: Weights, layout: Layout, tokens: float, mean_length: float, gpu: GpuModel
+    architecture: Architecture, weights: Weights, layout: Layout, work: Work, gpu: GpuModel
 ) -> tuple[float, float]:
     """Seconds of GPU time for one micro batch, and the model's own operations in it."""
+    tokens = work.tokens
     layers, head, attention = (
-        part * tokens for part in flops_per_token(architecture, mean_length, frozen=weights.lora)
+        part * tokens for part in flops_per_token(architecture, work.length, frozen=weights.lora)
     )
+    head *= work.trained
     flops = layers + head + attention
     if weights.lora:  # the adapter's own products
         layers += 6 * weights.trained * tokens
-    saved = layer_activations(architecture, layout.dtype) * architecture.layers * tokens
+    layer = layer_activations(architecture, layout.dtype, compiled=layout.compile_layers)
+    saved = layer * architecture.layers * tokens
     matrix_s = gemm_flops(architecture, gpu)
-    attention_share = ATTENTION_LIMIT * mean_length / (mean_length + ATTENTION_HALF)
-    parts = layers / matrix_s, attention / (gpu.peak_flops * attention_share), PASSES * saved / gpu.hbm_bytes_per_s
+    attention_s = gpu.peak_flops * ATTENTION_LIMIT * work.length / (work.length + ATTENTION_HALF)
+    parts = layers / matrix_s, attention / attention_s, PASSES[layout.compile_layers] * saved / gpu.hbm_bytes_per_s
     if weights.lora:
         casts = ADAPTER_TRAFFIC * sum(inputs for inputs, _ in architecture.linears.values()) * architecture.layers
         parts = parts[0], parts[1], parts[2] + casts * tokens / gpu.hbm_bytes_per_s
@@ -146,7 +169,7 @@ def _micro_batch(
     again = 0.0
     if layout.gradient_checkpointing:
         again = parts[0] / (2 if weights.lora else 3) + parts[1] * 2 / 7 + parts[2] / 3
-    logits = tokens * architecture.vocab * LOGIT_TRAFFIC / gpu.hbm_bytes_per_s
+    logits = tokens * work.trained * architecture.vocab * LOGIT_TRAFFIC / gpu.hbm_bytes_per_s
     return sum(parts) + again + head / matrix_s + logits, flops
 
 

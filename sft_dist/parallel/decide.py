@@ -6,14 +6,12 @@ from typing import Literal
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
+from sft_dist.parallel.compiling import VARLEN, compiled_by_default
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.world import World
 
 # bfloat16 arithmetic in the matrix units came with this compute capability (Ampere).
 BF16_GPU_CAPABILITY = 8.0
-VARLEN = "sft_dist_varlen"
-# Compiling takes about half a minute and halves the time of a step: shorter runs are over before it pays.
-COMPILE_FROM_STEPS = 100
 
 
 def decide_plan(config: Config, machine: Machine, world: World, notes: list[str]) -> str:
@@ -121,7 +119,7 @@ def decide_compiled(config: Config, use_cpu: bool, attention: str, notes: list[s
     if config.train.compile_layers != "auto":
         return config.train.compile_layers
     steps = config.train.max_steps
-    compiled = not use_cpu and attention == VARLEN and (steps is None or steps >= COMPILE_FROM_STEPS)
+    compiled = not use_cpu and attention == VARLEN and compiled_by_default(steps)
     if not use_cpu:
         why = "half a minute, once" if compiled else f"{steps} steps are over before it pays"
         why = why if attention == VARLEN else f"only with {VARLEN}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_dist.config.schema import Config
 from sft_dist.parallel.architecture import Architecture, find_architecture
-from sft_dist.parallel.cost import StepTime, step_time
+from sft_dist.parallel.cost import StepTime, Work, step_time
 from sft_dist.parallel.hardware import GpuModel
 from sft_dist.parallel.memory import Batch, GpuMemory, gpu_memory
 from sft_dist.parallel.plans import Layout
@@ -77,6 +77,7 @@ class Estimate:
             "offload": layout.offload,
             "gradient_checkpointing": layout.gradient_checkpointing,
             "dtype": layout.dtype,
+            "compile_layers": layout.compile_layers,
             "nodes": layout.nodes,
             "processes_per_node": layout.processes_per_node,
             "per_device_train_batch_size": self.batch.rows,
@@ -128,8 +129,8 @@ class Job:
 
     def with_rows(self, longest: int) -> Job:
         """The job with no row longer than so many tokens."""
-        rows = dataclasses.replace(self.rows, longest=longest, mean=min(self.rows.mean, longest))
-        return dataclasses.replace(self, rows=rows)
+        rows = dataclasses.replace(self.rows, longest=longest, mean=min(self.rows.mean, longest), spread=0.0)
+        return dataclasses.replace(self.changed(data={"max_length": longest}), rows=rows)
 
 
 def job_of(config: Config, rows: Rows | None = None, dtype: str | None = None) -> Job:
@@ -140,14 +141,21 @@ def job_of(config: Config, rows: Rows | None = None, dtype: str | None = None) -
 
 def estimate(job: Job, cluster: Cluster, layout: Layout, micro: int) -> Estimate:
     """What `layout` takes with `micro` rows at once on each GPU."""
-    config, gpu = job.config, cluster.gpu
+    config, gpu, rows = job.config, cluster.gpu, job.rows
     weights = weights_of(job.architecture, config.model.lora, layout.dtype)
     devices = max(1, layout.data_parallel_size)
     batch = Batch(
         rows=micro,
-        tokens_per_row=job.rows.longest,
+        # Rows that are shared are padded to data.max_length (train/arguments.py).
+        tokens_per_row=rows.longest if layout.sequence_parallel_size == 1 else config.data.max_length,
         accumulation=max(1, config.train.global_batch_size // (micro * devices)),
         sequence_parallel=layout.sequence_parallel_size,
+    )
+    work = Work(
+        tokens=micro * rows.mean / batch.sequence_parallel,
+        length=rows.weighted_mean,
+        trained=rows.trained,
+        waiting=rows.fullest(micro, devices) / (micro * rows.mean),
     )
     merge = config.model.lora.merge if config.model.lora is not None else False
     saves = config.checkpoint.save_strategy != "no"
@@ -159,8 +167,8 @@ def estimate(job: Job, cluster: Cluster, layout: Layout, micro: int) -> Estimate
         host=host_bytes(weights, layout),
         checkpoint=checkpoint_bytes(weights, layout),
         disk=disk_bytes(weights, layout, keep=config.checkpoint.keep, saves=saves, merge=merge),
-        time=step_time(job.architecture, weights, layout, batch, job.rows.mean, gpu),
-        steps=steps_of(config, job.rows.count),
+        time=step_time(job.architecture, weights, layout, batch, work, gpu),
+        steps=steps_of(config, rows.count),
         refused=_refusal(config, layout, weights, micro),
     )
 

@@ -16,16 +16,11 @@ from sft_dist.parallel.shares import GIB, held_by
 from sft_dist.parallel.weights import Weights
 
 # --- the head, train/loss.py --------------------------------------------------------------------------------------
-# Tokens whose logits exist at a time, and bytes a logit while they do: bfloat16 logits 2, their float32 copy 4 (torch
-# converts bfloat16 before the softmax), log-probabilities 4. From the second chunk on the first one's log-probabilities
-# and gradient are still there: 6 more. Float32 makes no copy.
-HEAD_CHUNK = 4096
-LOGIT_BYTES = {"bfloat16": (10, 16), "float32": (8, 16)}
+# Trained tokens whose logits exist at a time (GPU_CHUNK), and bytes a logit while they do: bfloat16 logits 2, their
+# float32 copy 4 (torch converts bfloat16 before the softmax), log-probabilities 4. Float32 makes no copy.
+HEAD_CHUNK = 2048
+LOGIT_BYTES = {"bfloat16": 10, "float32": 8}
 # --- the layers -----------------------------------------------------------------------------------------------------
-# True once norms, rotary embedding and activation are fused kernels (Liger, or each layer compiled). Eager counts gave
-# 35.1 GiB against 35.4 measured (Qwen3-0.6B, 16,384 tokens, TRL with varlen attention), fused ones 1.3 MB a token
-# against 1.30 to 1.35 (Liger and compiled).
-FUSED_LAYERS = False
 # Families whose norms multiply by their weight in float32.
 FLOAT_NORMS = ("gemma", "gemma2", "gemma3_text")
 # Bytes a token beside the layers, in widths of the hidden state: final norm, trained positions and their gradient.
@@ -105,26 +100,23 @@ def activations(architecture: Architecture, weights: Weights, layout: Layout, to
     """Bytes saved by the forward pass for so many tokens, and what recomputing one layer adds to them."""
     width = _width(layout)
     outside = OUTSIDE_LAYERS * architecture.hidden * width // 2
-    per_layer = layer_activations(architecture, layout.dtype, lora=weights.lora)
+    per_layer = layer_activations(architecture, layout.dtype, lora=weights.lora, compiled=layout.compile_layers)
     if layout.gradient_checkpointing:
         return tokens * (architecture.layers * architecture.hidden * width + outside), tokens * per_layer
     return tokens * (architecture.layers * per_layer + outside), 0
 
 
-def layer_activations(architecture: Architecture, dtype: str, *, lora: bool = False, fused: bool | None = None) -> int:
+def layer_activations(architecture: Architecture, dtype: str, *, lora: bool = False, compiled: bool = False) -> int:
     """Bytes that one layer saves for the backward pass, a token.
 
-    Counted from transformers' modules: a norm saves its float32 input and what its weight is multiplied with; attention
-    saves queries, keys, values, its output and a float32 sum a head; the gated feed-forward saves the gate, its
+    Counted from transformers' modules as they are: a norm saves its float32 input and what its weight is multiplied with;
+    attention saves queries, keys, values, its output and a float32 sum a head; the gated feed-forward saves the gate, its
     activation, the other branch and their product; each linear layer its input. A rotary embedding saves nothing. With
     an adapter, PEFT casts the input of each linear layer to float32 and saves that; the frozen weights need no input.
     """
+    if compiled:
+        return _compiled_layer(architecture, dtype, lora=lora)
     h, q, k, f = architecture.hidden, architecture.query, architecture.key, architecture.ffn
-    if FUSED_LAYERS if fused is None else fused:
-        qk_norms = 2 * (q + k) if architecture.qk_norm else 0
-        total = 8 * h + 2 * (q + 2 * k) + qk_norms + 2 * q + 6 * f
-        total += 4 * (5 * h + q + f) if lora else 0
-        return (total * 2 if dtype == "float32" else total) + 4 * architecture.heads
     # The norms of queries and keys count like those of the hidden state.
     normed = architecture.norms * h + (q + k if architecture.qk_norm else 0)
     attention, outputs = 4 * (q + k), 2 * h  # outputs of the norms that a linear layer follows
@@ -140,19 +132,32 @@ def layer_activations(architecture: Architecture, dtype: str, *, lora: bool = Fa
     return total + 4 * architecture.heads
 
 
+def _compiled_layer(architecture: Architecture, dtype: str, *, lora: bool) -> int:
+    """The same once torch.compile has cut the layer into forward and backward pass (AOTAutograd's min-cut partitioner).
+
+    What is cheap to compute again is: saved are the inputs of norms and linear layers in their own type, queries and keys
+    before and after their norms, values, the attention's output, gate, other branch and their product. With an adapter
+    the float32 inputs of linear layers, which it casts once for all that share one.
+    """
+    h, q, k, f = architecture.hidden, architecture.query, architecture.key, architecture.ffn
+    normed = architecture.norms * h + (q + k if architecture.qk_norm else 0)
+    attention = 2 * q + 4 * k  # queries, keys, values
+    if lora and dtype != "float32":
+        total = 2 * normed + attention + 2 * q + 4 * f + 4 * (2 * h + q + f)
+    else:
+        total = 2 * normed + attention + 2 * (2 * h + q + f) + 4 * f
+    return (total * 2 if dtype == "float32" else total) + 4 * architecture.heads
+
+
 def head_bytes(architecture: Architecture, weights: Weights, dtype: str, tokens: int) -> tuple[int, int]:
     """Bytes while the loss is computed, with all positions trained; and what of it the backward pass still finds."""
     width = 4 if dtype == "float32" else 2
     matrix = architecture.embedding_params
-    first, later = LOGIT_BYTES[dtype]
-    logits = min(tokens, HEAD_CHUNK) * architecture.vocab
+    logits = min(tokens, HEAD_CHUNK) * architecture.vocab * LOGIT_BYTES[dtype]
     kept = 0 if weights.lora else 2 * matrix * width  # the gradient, and its product with that of the loss
-    if tokens <= HEAD_CHUNK:
-        own = 0 if weights.lora else matrix * width
-        return logits * first + own, kept
-    # The sum over chunks in float32, and the last chunk's own part of it.
-    own = 0 if weights.lora else matrix * (4 + width)
-    return logits * later + own, kept
+    # The weight's gradient: of the only chunk, or the sum over chunks in float32.
+    own = 0 if weights.lora else matrix * (width if tokens <= HEAD_CHUNK else 4)
+    return logits + own, kept
 
 
 def _width(layout: Layout) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
+from sft_dist.parallel.compiling import counted_as_compiled
 from sft_dist.parallel.estimate import Cluster, Estimate, Job, estimate, job_of
 from sft_dist.parallel.hardware import GpuModel
 from sft_dist.parallel.plans import PLANS, Layout, Offload
@@ -69,12 +71,14 @@ def layout_of(job: Job, cluster: Cluster, plan: str, offload: Offload, checkpoin
     if plan == "single" and cluster.nodes > 1:
         return None
     parallel = job.config.parallel
+    dtype: Literal["float32", "bfloat16"] = "float32" if job.type_on(cluster.gpu) == "float32" else "bfloat16"
     return Layout(
         PLANS[plan],
         nodes=cluster.nodes,
         processes_per_node=1 if plan == "single" else cluster.gpus_per_node,
-        dtype="float32" if job.type_on(cluster.gpu) == "float32" else "bfloat16",
+        dtype=dtype,
         gradient_checkpointing=checkpointing,
+        compile_layers=counted_as_compiled(job.config, plan, dtype),
         offload=offload,
         nvme_path=parallel.nvme_path,
         hybrid_shard=parallel.hybrid_shard and plan in HYBRID,

@@ -86,6 +86,7 @@ class Layout:
     """Run the plan's engine on the CPU over gloo (to try it, and in tests)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = False
+    compile_layers: bool = False
     offload: Offload = "none"
     nvme_path: str | None = None
     hybrid_shard: bool = False
@@ -164,6 +165,11 @@ def deepspeed_config(layout: Layout) -> Rendered:
         # accelerate asks for it when it gathers the state dict; without it the final save raises.
         gather = "the final model is one set of weights, not shards"
         settings.append(Setting("zero_optimization.stage3_gather_16bit_weights_on_model_save", True, gather))
+    if stage == 3 and layout.compile_layers:
+        slow = (
+            "DeepSpeed's own linear function is compiled anew for each parameter, until torch gives up and goes eager"
+        )
+        settings.append(Setting("zero_optimization.memory_efficient_linear", False, slow))
     if layout.hybrid_shard:
         reason = "each node keeps a second set of parameter shards: backward passes gather them without the network"
         settings.append(Setting("zero_optimization.zero_hpz_partition_size", layout.processes_per_node, reason))

@@ -11,8 +11,8 @@ from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.parallel.batch import check_share, share_rows
+from sft_dist.parallel.compiling import VARLEN
 from sft_dist.parallel.decide import (
-    VARLEN,
     decide_attention,
     decide_compiled,
     decide_dtype,
@@ -110,6 +110,7 @@ def resolve(config: Config, machine: Machine, world: World | None = None) -> Res
         use_cpu=use_cpu,
         dtype=dtype,
         gradient_checkpointing=False,
+        compile_layers=compiled,
         offload=parallel.offload,
         nvme_path=parallel.nvme_path,
         hybrid_shard=parallel.hybrid_shard,

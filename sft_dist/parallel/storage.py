@@ -41,12 +41,15 @@ def offloaded_bytes(weights: Weights, layout: Layout) -> int:
 def checkpoint_bytes(weights: Weights, layout: Layout) -> int:
     """Bytes of one checkpoint of the whole run: weights, and what it takes to go on from there.
 
-    DeepSpeed writes the 16-bit weights beside its own files; ZeRO-1 and ZeRO-2 have them in both.
+    ZeRO-3 writes its float32 shards and no 16-bit weights, which follow from them. FSDP2 writes a matrix that has two
+    names under both.
     """
     parameter, _, states = state_bytes(layout, weights)
-    weights_again = parameter if layout.plan.name in ("zero1", "zero2") else 0
     frozen = weights.frozen_bytes if weights.lora and layout.plan.engine == "deepspeed" else 0
-    return weights.trained * (parameter + states + weights_again) + frozen
+    if layout.plan.name == "zero3":
+        return weights.trained * states + frozen
+    again = weights.shared * parameter if layout.plan.engine == "fsdp2" else 0
+    return weights.trained * (parameter + states) + again + frozen
 
 
 def model_bytes(weights: Weights, layout: Layout, *, merge: bool) -> int:

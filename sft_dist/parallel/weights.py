@@ -25,6 +25,8 @@ class Weights:
     """Elements of the largest tensor that is trained: what engines copy in one piece."""
     tensors: int
     """How many tensors are trained."""
+    shared: int = 0
+    """Elements of a trained matrix that has two names: the embedding that is also the head."""
 
 
 def weights_of(architecture: Architecture, lora: LoraConfig | None, dtype: str) -> Weights:
@@ -32,7 +34,8 @@ def weights_of(architecture: Architecture, lora: LoraConfig | None, dtype: str) 
     total = architecture.total_params
     if lora is None:
         largest = max(architecture.embedding_params, architecture.hidden * architecture.ffn)
-        return Weights(total, 0, 0, False, False, largest, architecture.tensors)
+        shared = architecture.embedding_params if architecture.tied else 0
+        return Weights(total, 0, 0, False, False, largest, architecture.tensors, shared)
     shapes = {
         name: shape
         for name, shape in architecture.linears.items()

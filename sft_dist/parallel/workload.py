@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sft_dist.config.schema import Config
 from sft_dist.files import read_json
@@ -27,6 +29,21 @@ class Rows:
     """Tokens of a row on average: what takes time."""
     origin: str
     """Where the numbers are from, in words."""
+    trained: float = 1.0
+    """Share of the tokens that are trained: the head sees no others."""
+    spread: float = 0.0
+    """Standard deviation of the rows' tokens; 0 where it is not known, or all rows are equally long."""
+
+    @property
+    def weighted_mean(self) -> float:
+        """Mean length weighted by tokens: what attention takes."""
+        return self.mean + self.spread**2 / self.mean
+
+    def fullest(self, rows: int, batches: int) -> float:
+        """Tokens to be expected in the fullest of so many micro batches of `rows` rows, if rows come in any order."""
+        # The largest of n normal numbers (Blom, 1958).
+        largest = statistics.NormalDist().inv_cdf((batches - 0.375) / (batches + 0.25))
+        return min(rows * self.mean + self.spread * math.sqrt(rows) * largest, float(rows * self.longest))
 
 
 def rows_of(config: Config) -> Rows:
@@ -60,13 +77,15 @@ def _ledger(config: Config) -> Rows | None:
         return None
     path = RunDir(runs_root(config.run.dir) / config.run.name).ledger
     try:
-        counts = (read_json(path) or {}).get("train", {})
+        counts: dict[str, Any] = (read_json(path) or {}).get("train", {})
         rows, tokens, longest = int(counts["rows"]), int(counts["tokens"]), int(counts["longest_row"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not rows or not longest or longest > config.data.max_length:  # of a run with other settings
+    if not rows or not tokens or not longest or longest > config.data.max_length:  # of a run with other settings
         return None
-    return Rows(rows, longest, tokens / rows, f"{rows} rows by the ledger of run {config.run.name}")
+    trained = int(counts.get("trained_tokens") or tokens) / tokens
+    spread = float(counts.get("spread") or 0.0)
+    return Rows(rows, longest, tokens / rows, f"{rows} rows by the ledger of run {config.run.name}", trained, spread)
 
 
 def _count(config: Config) -> tuple[int | None, str]:

@@ -21,6 +21,9 @@ def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: boo
     Raises ConfigError if TRL or transformers refuse the arguments.
     """
     arguments = _plain_arguments(config, resolved, run, has_eval=has_eval)
+    if resolved.layout.sequence_parallel_size > 1:
+        # Ulysses gathers the rows of a group and cuts them into equal parts: all of them need the same length.
+        arguments["pad_to_multiple_of"] = config.data.max_length
     if engine:
         arguments |= _engine_arguments(resolved)
     loss_type = config.train.extra.get("loss_type", "nll")

@@ -15,6 +15,7 @@ from sft_dist.config.schema import Config
 from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import rotate, write_manifest
+from sft_dist.train.forecast import write_measurements
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.shutdown import StopRequest
@@ -38,9 +39,13 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         progress: Progress,
         facts: dict[str, Any],
         ranks: Ranks | None = None,
+        mfu_per_speed: float | None = None,
     ) -> None:
         self.run, self.config, self.stop, self.progress, self.facts = run, config, stop, progress, facts
         self.ranks = ranks or Ranks()
+        self.mfu_per_speed = mfu_per_speed
+        """Share of the GPU's peak for each token/s and GPU; None where it is not known."""
+        self._step_seconds: list[float] = []
         self.first_step = 0
         self.stopped_by: str | None = None
         """Name of the signal that ended the training early."""
@@ -72,6 +77,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         """Between two steps is where a stop request is honoured: one process's is everyone's, at the same step."""
         now = time.monotonic()
         self._seconds += now - self._step_began
+        self._step_seconds.append(now - self._step_began)
         self.progress.step(state.global_step)
         asked = self.ranks.largest(self.stop.number)
         if asked and not control.should_training_stop:
@@ -99,13 +105,15 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """One row of metrics.jsonl; tokens_per_s counts non-padding tokens over the time inside steps since the last one,
-        memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU."""
+        memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU; mfu as train/forecast.py says."""
         row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
         if not self.ranks.is_main or "train_runtime" in row:  # transformers' summary averages over saving too
             return
         tokens = row.pop("num_tokens", None)
         if "loss" in row and tokens is not None:
             row["tokens_per_s"] = round((tokens - self._tokens) / max(1e-9, self._seconds), 2)
+            if self.mfu_per_speed is not None:
+                row["mfu"] = round(row["tokens_per_s"] / self.ranks.size * self.mfu_per_speed, 4)
             row["tokens"] = self._tokens_before + int(tokens)
             row["memory_gib"] = round(_peak_memory_gib(), 3)
             self._tokens, self._seconds = tokens, 0.0
@@ -126,9 +134,18 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Put the last step on record."""
         self.progress.end()
+        peak = max(self.ranks.everyones(_peak_memory_gib()))
         if not self.ranks.is_main:
             return
         self.run.write_status(step=state.global_step, max_steps=state.max_steps)
+        write_measurements(
+            self.run,
+            peak_memory_gib=peak,
+            step_seconds=self._step_seconds,
+            tokens=int(self._tokens),
+            processes=self.ranks.size,
+            mfu_per_speed=self.mfu_per_speed,
+        )
 
 
 def _peak_memory_gib() -> float:

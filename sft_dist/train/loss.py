@@ -97,7 +97,7 @@ def trained_token_loss(
         inputs = with_targets(inputs)
     # transformers divides the count, which makes it a float; FSDP2 would cast that to bfloat16, and 301 is 300 there.
     total = None if num_items is None else torch.as_tensor(num_items).round().to(torch.int64)
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
     output = model(**rest, num_items=total, trained_token_loss=True)
     return output["loss"], inputs["targets"].numel(), output["correct"]
 
@@ -106,11 +106,13 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
     """`batch` with the trained tokens (`targets`) and where the model must predict each of them (`positions`).
 
     Both are [N], int64; a position counts over the flattened rows and stands one before its target. Done while a batch is
-    put together on the CPU, since a GPU would have to be waited for to learn how many they are.
+    put together on the CPU, since a GPU would have to be waited for to learn how many they are. A part of rows that are
+    cut between processes comes with `shift_labels`, which stand where they are to be predicted already.
     """
-    rows, columns = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-    targets = batch["labels"][rows, columns + 1]
-    return {**batch, "positions": rows * batch["labels"].shape[1] + columns, "targets": targets}
+    labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    rows, columns = (labels != -100).nonzero(as_tuple=True)
+    positions = rows * batch["input_ids"].shape[1] + columns
+    return {**batch, "positions": positions, "targets": labels[rows, columns]}
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -148,6 +150,7 @@ class _HeadLoss(torch.autograd.Function):
                 grad_weight = product if one_chunk else product.float()
             else:
                 grad_weight += product
+            del grad, product
         if wants_weight:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -17,6 +17,7 @@ def quiet_libraries() -> None:
     # TRL 1.16 itself sets the old name, which transformers 5.17 still needs; can go with transformers 6.
     builtin_logging.getLogger("transformers.trainer").addFilter(_not_about_tied_heads)
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
     # transformers 5.23's name for it; torch 2.13's new one does not exist in 2.11.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # PEFT 0.21 asks by the old name.

@@ -106,6 +106,13 @@ def join(world: World, *, use_cpu: bool) -> Ranks:
     return Ranks(world.rank, world.size, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
+def tell_deepspeed(*, use_cpu: bool) -> None:
+    """Let DeepSpeed take over the processes that have met; by itself it looks for them only once it has a model."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else "nccl", auto_mpi_discovery=False)
+
+
 def leave() -> None:
     """Take the process groups down, so that no process reports the others as lost."""
     if has_met():

@@ -36,12 +36,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         mesh = self.accelerator.parallelism_config
-        # Ulysses cuts rows between processes and has its own way to the loss.
-        self.one_pass = loss.supports(model) and not (mesh is not None and mesh.sp_enabled)
+        # Ulysses cuts the rows of a batch between processes, and knows nothing of what else is in it.
+        self.cuts_rows = mesh is not None and mesh.sp_enabled
+        self.one_pass = loss.supports(model)
         if self.one_pass:
             loss.install(model)
             collate = self.data_collator
-            self.data_collator = lambda rows: loss.with_targets(collate(rows))
+            # transformers takes a loss over parts of rows for a mean of its micro batch; ours is a share of the step's.
+            self.model_accepts_loss_kwargs = True
+            if not self.cuts_rows:
+                self.data_collator = lambda rows: loss.with_targets(collate(rows))
         self._parameters = 0
         # Per mode, on the device: trained tokens, how many of them the model predicts, tokens.
         self._counts: dict[str, torch.Tensor] = {}
@@ -80,6 +84,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._parameters = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
         return 6 * self._parameters * int(inputs["input_ids"].numel())
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Trained tokens of the whole step over all processes; transformers finds none where rows are cut."""
+        if not self.cuts_rows:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = sum((batch["shift_labels"] != -100).sum() for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(count).to(device), "sum")
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -102,7 +113,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._counts[mode] = self._counts[mode] + counts if mode in self._counts else counts
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes
-        return value
+        return self._averaged_by_engine(value) if mode == "train" else value
+
+    def _averaged_by_engine(self, value: torch.Tensor) -> torch.Tensor:
+        """`value`, its gradient such that the engine's average over processes is the sum over all of them.
+
+        Where rows are cut, DeepSpeed 0.19 divides by all processes in stage 3 (coalesced_collectives.py), but in stages 1
+        and 2 only by the groups of them (stage_1_and_2.py, sequence_parallel_size).
+        """
+        if not self.cuts_rows or self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            return value
+        part: torch.Tensor = value / self.accelerator.parallelism_config.sp_size
+        return part + (value - part).detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the counts of all processes since the last time to `logs`; every process must call it."""

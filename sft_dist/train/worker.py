@@ -24,7 +24,7 @@ from sft_dist.train.attempt import Attempt
 from sft_dist.train.cpu import settle_cpu
 from sft_dist.train.environment import environment
 from sft_dist.train.progress import Progress
-from sft_dist.train.ranks import Ranks
+from sft_dist.train.ranks import Ranks, tell_deepspeed
 
 if TYPE_CHECKING:
     from sft_dist.data.prepare import Prepared
@@ -46,6 +46,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.arguments import sft_config
     from sft_dist.train.attention import register
     from sft_dist.train.callbacks import RunRecorder, trackers
+    from sft_dist.train.forecast import write_forecast
     from sft_dist.train.model import compile_layers, gather_by_layer, load_model
     from sft_dist.train.publish import publish_model
     from sft_dist.train.tokenizer import load_tokenizer
@@ -55,6 +56,8 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, config, resolved, prepared.ledger, ranks)
+    if resolved.layout.plan.engine == "deepspeed":
+        tell_deepspeed(use_cpu=resolved.use_cpu)
     # Before the model: from here on transformers knows that each process keeps a share of it only.
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None)
     # Weights that an adapter leaves as they are need no float32 masters.
@@ -66,9 +69,12 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         compile_layers(model)
     if config.model.lora is not None:
         model = add_adapter(model, config.model, tokens, plan=resolved.plan, seed=config.run.seed)
+    forecast = (
+        write_forecast(run, config, resolved, this_machine(), prepared.ledger["train"]) if ranks.is_main else None
+    )
     facts = {**resolved.facts(), "data": prepared.ledger["key"]}
     progress = Progress(silent=not ranks.is_main)
-    recorder = RunRecorder(run, config, current.stop, progress, facts, ranks)
+    recorder = RunRecorder(run, config, current.stop, progress, facts, ranks, forecast)
     callbacks = [recorder, *(trackers(config, run) if ranks.is_main else ())]
     trainer = build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks)
     checkpoint = ranks.by_main(lambda: _resume_from(run, facts))

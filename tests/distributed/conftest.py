@@ -70,12 +70,12 @@ def tiny_run(session_environment: dict[str, str], tiny_model_dir: Path) -> TinyR
 
 @pytest.fixture(scope="session")
 def launch(cpu_environment: Mapping[str, str]) -> Launch:
-    """`launch({2: [run.path, f"{other.path}@3:1"], 4: [third.path]})` trains runs with two, then with four processes.
+    """`launch({2: [run.path, f"{other.path}@3:1"], "2x2": [third.path]})` trains runs with two, then with four processes.
 
     See many.py. Returns what all processes wrote to stdout and stderr.
     """
 
-    def start(worlds: Mapping[int, Iterable[Path | str]]) -> str:
+    def start(worlds: Mapping[int | str, Iterable[Path | str]]) -> str:
         words = [str(word) for size, arms in worlds.items() for word in (size, *arms, "/")]
         process = subprocess.Popen(
             [sys.executable, str(MANY), *words],

@@ -1,7 +1,7 @@
-"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK]... / 4 RUN_DIR...`.
+"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK]... / 2x2 RUN_DIR...`.
 
 Starting Python, torch and TRL takes longer than training a tiny model, so they are imported once, and the processes of a
-world (2, then 4 of them) are forks of this one, with the environment that torchrun gives its workers. Between runs the
+world (2, then 2 on each of 2 nodes) are forks of this one, with the environment that torchrun gives its workers. Between runs the
 state that accelerate and transformers keep in modules is put back to its start. With @STEP:RANK that one process gets a
 SIGTERM in this step; a run that is named again afterwards goes on. A run that sft-dist refuses is left as it is, and the
 next one follows.
@@ -43,13 +43,18 @@ def main() -> int:
     for slash, words in itertools.groupby(sys.argv[1:], lambda word: word == "/"):
         if not slash:
             size, *arms = words
-            if not fork(int(size), arms):
+            nodes, _, each = size.rpartition("x")
+            if not fork(int(nodes or 1), int(each), arms):
                 return 1
     return 0
 
 
-def fork(size: int, arms: list[str]) -> bool:
-    """Train `arms` in `size` processes; whether all of them ended well. When one fails the others are killed."""
+def fork(nodes: int, each: int, arms: list[str]) -> bool:
+    """Train `arms` in `each` processes on so many nodes, as far as they can tell; whether all of them ended well.
+
+    When one fails the others are killed.
+    """
+    size = nodes * each
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,7 +62,7 @@ def fork(size: int, arms: list[str]) -> bool:
     for rank in range(size):
         worker = os.fork()
         if worker == 0:
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            world = {"RANK": rank, "LOCAL_RANK": rank % each, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": each}
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
             code = 1

@@ -29,13 +29,15 @@ COMMON = (f"train.max_steps={STEPS}", "train.global_batch_size=8")
 FLOAT32 = {
     **{f"{plan}-1x4-checkpointing": (plan, 1, True) for plan in PLANS},
     **{f"{plan}-4x1": (plan, 4, False) for plan in PLANS},
-    # Where parameters are gathered for each pass, checkpointing changes more.
-    **{f"{plan}-1x4": (plan, 1, False) for plan in ("zero3", "fsdp2")},
 }
 BFLOAT16 = {f"{plan}-bfloat16": (plan, 2, False) for plan in PLANS}
 PADDED = {f"{plan}-padded": (plan, 2, False) for plan in ("ddp", "zero3")}
 # Stopped after their first steps.
 FOUR = ("ddp-of-4", "fsdp2-of-4")
+# On two nodes of two processes: shards inside a node, copies across.
+HYBRID = ("zero3-hybrid", "fsdp2-hybrid")
+# Two processes share each row; each in a world of its own, since DeepSpeed replaces the attention of all later models.
+SHARED = ("zero1-shared", "zero3-shared")
 
 LOSS = 1e-6
 GRADIENT_NORM = 4e-6
@@ -70,9 +72,24 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
         one["one-bfloat16"] = make("one-bfloat16", "train.per_device_train_batch_size=8", *half)
         two |= {name: make(name, *settings(*arm), *half) for name, arm in BFLOAT16.items()}
     four = {name: make(name, *settings(name.split("-")[0], 1, False)) for name in FOUR}
-    first_steps = [f"{run.path}@{FIRST}:3" for run in four.values()]
-    launch({1: [run.path for run in one.values()], 2: [run.path for run in two.values()], 4: first_steps})
-    return {**one, **two, **four}
+    hybrid = {
+        name: make(name, *settings(name.split("-")[0], 1, False), "parallel.hybrid_shard=true") for name in HYBRID
+    }
+    shared = {
+        name: make(name, *settings(name.split("-")[0], 4, False), "parallel.sequence_parallel_size=2")
+        for name in SHARED
+    }
+    launch(
+        {
+            1: [run.path for run in one.values()],
+            2: [run.path for run in two.values()],
+            4: [f"{run.path}@{FIRST}:3" for run in four.values()],
+            "2x2": [f"{run.path}@{FIRST}:3" for run in hybrid.values()],
+            "1x2": [f"{shared[SHARED[0]].path}@{FIRST}:1"],
+            "01x2": [f"{shared[SHARED[1]].path}@{FIRST}:1"],
+        }
+    )
+    return {**one, **two, **four, **hybrid, **shared}
 
 
 def column(run: RunDir, name: str) -> list[float]:
@@ -152,6 +169,25 @@ def test_tokens_are_those_of_all_processes(runs: dict[str, RunDir], name: str) -
 def test_four_processes_train_as_two_do(runs: dict[str, RunDir], name: str) -> None:
     assert read_json(runs[name].path / "env.json")["resolved"]["world_size"] == 4
     assert furthest(column(runs[name], "loss"), column(runs["one"], "loss")[:FIRST]) < LOSS
+    assert column(runs[name], "tokens") == column(runs["one"], "tokens")[:FIRST]
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_copies_across_nodes_of_shards_inside_them_train_as_one_process_does(
+    runs: dict[str, RunDir], name: str
+) -> None:
+    resolved = read_json(runs[name].path / "env.json")["resolved"]
+    assert (resolved["nodes"], resolved["processes_per_node"], resolved["hybrid_shard"]) == (2, 2, True)
+    assert furthest(column(runs[name], "loss"), column(runs["one"], "loss")[:FIRST]) < LOSS
+    assert furthest(column(runs[name], "grad_norm"), column(runs["one"], "grad_norm")[:FIRST]) < GRADIENT_NORM
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_that_share_each_row_train_as_one_process_does(runs: dict[str, RunDir], name: str) -> None:
+    resolved = read_json(runs[name].path / "env.json")["resolved"]
+    assert (resolved["sequence_parallel_size"], resolved["gradient_accumulation_steps"]) == (2, 2), "8 rows, 4 at once"
+    assert furthest(column(runs[name], "loss"), column(runs["one"], "loss")[:FIRST]) < LOSS
+    assert furthest(column(runs[name], "grad_norm"), column(runs["one"], "grad_norm")[:FIRST]) < GRADIENT_NORM
     assert column(runs[name], "tokens") == column(runs["one"], "tokens")[:FIRST]
 
 

@@ -76,10 +76,11 @@ SELECTIVE = {"activation_checkpointing_kwargs": {"selective": True}}
             "0.1 is not possible",
         ),
         (
-            {"parallel": {"sequence_parallel_size": 4}, "train": {"extra": {"pad_to_multiple_of": 6}}},
+            {"parallel": {"sequence_parallel_size": 4}, "train": {"extra": {"pad_to_multiple_of": 8}}},
             "train.extra.pad_to_multiple_of",
-            "use 8",
+            "would be ignored",
         ),
+        ({"parallel": {"sequence_parallel_size": 4}, "data": {"max_length": 1022}}, "data.max_length", "use 1024"),
         ({"model": lora(target_modules=("q_proj", "lm_head"))}, "model.lora.target_modules", "modules_to_save"),
         (
             {"model": lora(lora_dropout=0.1), "parallel": {"plan": "fsdp2"}},
@@ -128,7 +129,7 @@ def test_a_contradiction_is_one_line_with_the_way_out(sections, path, words):
         {"parallel": {"plan": "zero2", "sequence_parallel_size": 2, "num_processes": 8}},
         {"parallel": {"sequence_parallel_size": 2}, "model": {"attn_implementation": "flash_attention_2"}},
         {"parallel": {"sequence_parallel_size": 2}, "model": {"attn_implementation": "kernels-community/flash-attn2"}},
-        {"parallel": {"sequence_parallel_size": 2}, "train": {"extra": {"loss_type": "nll", "pad_to_multiple_of": 8}}},
+        {"parallel": {"sequence_parallel_size": 2}, "train": {"extra": {"loss_type": "nll"}}},
         {"model": lora(quantization="nf4"), "parallel": {"plan": "zero2"}},
         {"model": lora(lora_dropout=0.1), "parallel": {"plan": "zero3"}},
         {"model": lora(lora_dropout=0.1), "parallel": {"plan": "fsdp2"}, "train": {"gradient_checkpointing": False}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from sft_dist.config.loader import list_recipes, load_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.parallel.advice import advice
+from sft_dist.parallel.compiling import counted_as_compiled
 from sft_dist.parallel.estimate import Cluster, Estimate, job_of
 from sft_dist.parallel.hardware import GPUS
 from sft_dist.parallel.planner import allowed, best, choose, plan_all
 from sft_dist.parallel.plans import PLANS, Layout
 from sft_dist.parallel.predicted import compare, predicted
 from sft_dist.parallel.table import planner_table
-from sft_dist.parallel.workload import rows_of, steps_of
+from sft_dist.parallel.workload import Rows, rows_of, steps_of
 
 H100 = GPUS["h100"]
 ONE, EIGHT, TWO_NODES = Cluster(H100, 1), Cluster(H100, 8), Cluster(H100, 8, 2)
@@ -192,8 +194,41 @@ def test_the_ledger_of_an_earlier_run_tells_how_long_rows_are(tmp_path: Path) ->
     ledger.write_text(json.dumps({"train": {"rows": 1000, "tokens": 300_000, "longest_row": 1500}}))
     found = rows_of(wanted)
     assert (found.count, found.longest, found.mean) == (1000, 1500, 300)
+    assert (found.trained, found.spread, found.weighted_mean) == (1.0, 0.0, 300)
+    counts = {"rows": 1000, "tokens": 300_000, "longest_row": 1500, "trained_tokens": 150_000, "spread": 150.0}
+    ledger.write_text(json.dumps({"train": counts}))
+    found = rows_of(wanted)
+    assert (found.trained, found.weighted_mean) == (0.5, 375)
     ledger.write_text("{")
     assert rows_of(wanted).longest == 4096
+
+
+def test_the_fullest_micro_batch_to_be_expected() -> None:
+    """The rows of benchmarks/plans.py, 32 a micro batch: 28,784 tokens in the fullest of 28, and 7.9 % waiting of two."""
+    rows = Rows(3992, 2048, 649.5, "", spread=521)
+    assert rows.fullest(32, 28) == pytest.approx(28_784, rel=0.1)
+    assert rows.fullest(32, 2) / (32 * rows.mean) == pytest.approx(1.079, abs=0.01)
+    assert rows.fullest(32, 1) == pytest.approx(32 * rows.mean)
+    assert rows.fullest(1, 10**9) == 2048, "not more than the longest rows"
+    assert Rows(None, 512, 512.0, "").fullest(4, 1000) == 2048
+
+
+@pytest.mark.parametrize(
+    ("train", "plan", "expected"),
+    [
+        ({}, "ddp", True),
+        ({"max_steps": 99}, "ddp", False),
+        ({"max_steps": 100}, "fsdp2", True),
+        ({"max_steps": 99, "compile_layers": True}, "ddp", True),
+        ({"compile_layers": False}, "zero2", False),
+        ({"compile_layers": True}, "zero3", False),
+    ],
+)
+def test_layers_are_counted_as_the_config_compiles_them(train: dict[str, Any], plan: str, expected: bool) -> None:
+    wanted = config(train={"global_batch_size": 64, **train})
+    found = [found.layout for found in estimates(wanted, EIGHT) if found.name == plan]
+    assert {layout.compile_layers for layout in found} == {expected}
+    assert not counted_as_compiled(wanted, plan, "float32") or "compile_layers" in train
 
 
 # --- after a run ------------------------------------------------------------------------------------------------------
@@ -208,6 +243,10 @@ def test_predicted_against_measured() -> None:
     assert [row["what"] for row in rows] == ["GPU memory", "tokens/s/GPU"]
     assert rows[0]["off"] == pytest.approx(-0.2, abs=1e-3)
     assert compare(said, {}) == []
+    compiled = predicted(config(), dataclasses.replace(layout, compile_layers=True), H100, 1, longest=1000, mean=400)
+    assert compiled["tokens_per_s_per_gpu"] > said["tokens_per_s_per_gpu"]
+    spread = predicted(config(), layout, H100, 8, longest=4000, mean=400, spread=300, count=1000)
+    assert spread["peak_memory_gib"] < spread["estimate"]["gpu_gib"]["allocated"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -234,6 +273,7 @@ OUTPUT = {
                     "plan": {"enum": ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]},
                     "offload": {"enum": ["none", "cpu", "nvme"]},
                     "gradient_checkpointing": {"type": "boolean"},
+                    "compile_layers": {"type": "boolean"},
                     "dtype": {"enum": ["float32", "bfloat16"]},
                     "fits": {"type": "boolean"},
                     "refused": {"type": ["string", "null"]},
