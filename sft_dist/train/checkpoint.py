@@ -103,7 +103,7 @@ def rotate(run: RunDir, keep: int) -> None:
 
 def _digest(path: Path) -> str:
     # Not a cryptographic hash: it must tell torn and rotten files, at the speed at which they are read. SHA-256 took
-    # 13 s of the 15 s in which a GPU machine saved 8 GB.
+    # 13 of the 15 s in which a GPU machine saved 8 GB twice.
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while piece := stream.read(PIECE):
