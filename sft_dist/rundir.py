@@ -2,6 +2,7 @@
 
 runs/NAME/
   config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
+  plan/accelerate.yaml  plan/deepspeed.json  the plan's settings, as accelerate and DeepSpeed read them
   plan/predicted.json  plan/measured.json    what the planner said of GPU memory and time, and what it was
   status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
   attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event

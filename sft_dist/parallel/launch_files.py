@@ -173,3 +173,14 @@ def _settings(rendered: dict[str, Rendered]) -> str:
         where = "all" if len(names) == len(rendered) else ", ".join(names)
         lines.append(f"| `{key}` | `{value}` | {where} | {reason} |")
     return "\n".join(lines)
+
+
+def plan_files(layout: Layout) -> dict[str, str]:
+    """Name -> text of what a run's plan/ folder holds of its settings, as its own files for `accelerate launch`."""
+    head = (
+        f"{layout.plan.name} on {layout.nodes} node(s) of {layout.processes_per_node} process(es), as this run has it."
+    )
+    files = {"accelerate.yaml": as_yaml(accelerate_config(layout), head)}
+    if layout.plan.engine == "deepspeed":
+        files["deepspeed.json"] = json.dumps(deepspeed_config(layout).tree(), indent=2) + "\n"
+    return files

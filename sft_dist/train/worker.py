@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped
-from sft_dist.files import read_json, write_json
+from sft_dist.files import read_json, write_json, write_text
+from sft_dist.parallel.launch_files import plan_files
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, resolve, with_rows
 from sft_dist.parallel.world import forget_accelerate, this_world
@@ -176,8 +177,10 @@ def needs_engine(resolved: Resolved) -> None:
 
 
 def record_environment(run: RunDir, resolved: Resolved) -> None:
-    """Write env.json and log what `auto` was decided to be."""
+    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be."""
     write_json(run.env, environment(this_machine(), resolved))
+    for name, text in plan_files(resolved.layout).items():
+        write_text(run.plan / name, text)
     for line in resolved.decisions:
         log.info("%s", line)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sft_dist.config.schema_parallel import PlanName
 from sft_dist.parallel.accelerate_file import accelerate_config
-from sft_dist.parallel.launch_files import VARIANTS, formula, launch_files
+from sft_dist.parallel.launch_files import VARIANTS, formula, launch_files, plan_files
 from sft_dist.parallel.plans import (
     BYTES,
     PLANS,
@@ -86,3 +88,15 @@ def test_hybrid_shards_stay_inside_a_node():
     zero3 = Layout(PLANS["zero3"], nodes=4, processes_per_node=8, hybrid_shard=True)
     assert deepspeed_config(zero3).tree()["zero_optimization"]["zero_hpz_partition_size"] == 8
     assert parallelism_config(zero3).tree() == {}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_run_keeps_its_plans_settings_as_accelerate_and_deepspeed_read_them(plan: str) -> None:
+    files = plan_files(Layout(PLANS[plan], processes_per_node=1 if PLANS[plan].engine == "none" else 4))
+    tree = yaml.safe_load(files["accelerate.yaml"])
+    assert tree["num_processes"] == (1 if plan in ("cpu", "single") else 4)
+    if PLANS[plan].engine == "deepspeed":
+        assert tree["deepspeed_config"]["deepspeed_config_file"] == "deepspeed.json"
+        assert json.loads(files["deepspeed.json"])["zero_optimization"]["stage"] == int(plan[-1])
+    else:
+        assert list(files) == ["accelerate.yaml"]
