@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--save-at", type=int, default=10, help="0 saves no checkpoint")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in the speed part")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers in the speed part")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more overrides for our runs")
     parser.add_argument("--publish", action="store_true", help="write the final model in the speed part")
     parser.add_argument("--work", type=Path, default=Path("/tmp/plans"))
     parser.add_argument("--out", type=Path)
@@ -125,7 +126,7 @@ def arms_of(plan: str, options: argparse.Namespace, long: Path, short: Path) -> 
         *(["checkpoint.save_strategy=steps", f"checkpoint.save_steps={options.save_at}"] if options.save_at else ["checkpoint.save_strategy=no"]),
     ]  # fmt: skip
     if "speed" in options.parts:
-        ours("speed", *speed)
+        ours("speed", *speed, *options.set)
         arms[-1] |= {"publish": options.publish, "save_at": options.save_at}
         if "resume" in options.parts and options.save_at:
             arms.append({**arms[-1], "part": "resume", "publish": False})
@@ -251,6 +252,7 @@ def train_ours(arm: dict[str, Any]) -> dict[str, Any]:
     clock = Stopwatch()
     clock.watch(publish, "publish_model", "publish_s", skip=not arm.get("publish"))
     clock.watch_trainer()
+    largest = watch_batches(clock)
     held = reset_peak()
     began = time.monotonic()
     with attempt(run) if ranks.is_main else joined(run, reports=False) as current:
@@ -381,6 +383,10 @@ class Stopwatch:
         self._undo.append((owner, name, inner))
         setattr(owner, name, timed)
 
+    def replace(self, owner: Any, name: str, other: Any) -> None:
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, other)
+
     def watch_trainer(self) -> None:
         from transformers import trainer
 
@@ -396,6 +402,20 @@ class Stopwatch:
     def undo(self) -> None:
         for owner, name, inner in reversed(self._undo):
             setattr(owner, name, inner)
+
+
+def watch_batches(clock: Stopwatch) -> list[int]:
+    """A number, in a list: the tokens of the largest micro batch from now on."""
+    from sft_dist.train import loss
+
+    largest, inner = [0], loss.trained_token_loss
+
+    def watched(model: Any, inputs: dict[str, Any], items: Any) -> Any:
+        largest[0] = max(largest[0], inputs["input_ids"].numel())
+        return inner(model, inputs, items)
+
+    clock.replace(loss, "trained_token_loss", watched)
+    return largest
 
 
 def rate(tokens: list[int], speeds: list[float], size: int) -> dict[str, Any]:
