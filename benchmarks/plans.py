@@ -259,6 +259,7 @@ def train_ours(arm: dict[str, Any]) -> dict[str, Any]:
         worker.train(run, current, resolved, ranks)
     measured = {
         **clock.seconds,
+        "largest_micro_batch": max(ranks.everyones(largest[0])),
         "total_s": round(time.monotonic() - began, 1),
         "peak_gib": round(peak(ranks) - held, 2),
     }
