@@ -15,13 +15,19 @@ GPU_TOKENS = 16384
 def check_share(config: Config, layout: Layout) -> None:
     """Raise ConfigError unless every device of `layout` can have as many whole micro batches of a step's rows."""
     total, asked = config.train.global_batch_size, config.train.per_device_train_batch_size
+    if layout.world_size % layout.sequence_parallel_size:
+        raise ConfigError(
+            f"parallel.sequence_parallel_size is {layout.sequence_parallel_size}, which does not divide "
+            f"{layout.world_size} process(es)",
+            hint="set it to a divisor, or start another number of processes (parallel.num_processes)",
+        )
     devices = layout.data_parallel_size
     share, rest = divmod(total, devices)
     if rest:
         near = " or ".join(str(number * devices) for number in (share, share + 1) if number)
         raise ConfigError(
             f"train.global_batch_size is {total}, which {devices} processes cannot share evenly",
-            hint=f"set it to {near}, or start another number of processes",
+            hint=f"set it to {near}, or parallel.num_processes to a number that divides it",
         )
     if asked != "auto" and share % asked:
         raise ConfigError(

@@ -66,9 +66,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(argument: str, world: World) -> None:
-    from sft_dist.train.worker import record_environment, resolve_here, train
+    from sft_dist.train.worker import needs_engine, record_environment, resolve_here, train
 
     resolved = resolve_here(_config(argument))
+    needs_engine(resolved)
     if resolved.layout.plan.engine != "none" and not world.launched:
         raise ConfigError(
             f"parallel.plan {resolved.plan} is {resolved.layout.world_size} process(es) of a launcher, this is none",

@@ -107,9 +107,12 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         """One row of metrics.jsonl; tokens_per_s counts non-padding tokens over the time inside steps since the last one,
         memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU; mfu as train/forecast.py says."""
         row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
-        if not self.ranks.is_main or "train_runtime" in row:  # transformers' summary averages over saving too
-            return
         tokens = row.pop("num_tokens", None)
+        if "train_runtime" in row:  # transformers' summary, averaged over saving too; tokens since the last row count
+            self._tokens = tokens or self._tokens
+            return
+        if not self.ranks.is_main:
+            return
         if "loss" in row and tokens is not None:
             row["tokens_per_s"] = round((tokens - self._tokens) / max(1e-9, self._seconds), 2)
             if self.mfu_per_speed is not None:

@@ -97,7 +97,7 @@ def trained_token_loss(
         inputs = with_targets(inputs)
     # transformers divides the count, which makes it a float; FSDP2 would cast that to bfloat16, and 301 is 300 there.
     total = None if num_items is None else torch.as_tensor(num_items).round().to(torch.int64)
-    rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+    rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "filling")}
     output = model(**rest, num_items=total, trained_token_loss=True)
     return output["loss"], inputs["targets"].numel(), output["correct"]
 

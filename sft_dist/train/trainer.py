@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,11 @@ from sft_dist.parallel.resolve import Resolved
 from sft_dist.train import loss
 from sft_dist.train.adapter import save_adapter
 from sft_dist.train.optimizer import MasterWeightAdamW
+from sft_dist.train.rows import EpochOrder, begin_each_epoch_anew, filled, is_filling
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.utils.data import Sampler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from sft_dist.data.prepare import Prepared
@@ -45,8 +49,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             # transformers takes a loss over parts of rows for a mean of its micro batch; ours is a share of the step's.
             self.model_accepts_loss_kwargs = True
             if not self.cuts_rows:
-                self.data_collator = lambda rows: loss.with_targets(collate(rows))
+                self.data_collator = lambda rows: {
+                    **loss.with_targets(collate(rows)),
+                    "filling": sum(map(is_filling, rows)),
+                }
         self._parameters = 0
+        self.filling = 0
+        """Rows at the end of the training rows that only fill the last step of an epoch."""
         # Per mode, on the device: trained tokens, how many of them the model predicts, tokens.
         self._counts: dict[str, torch.Tensor] = {}
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -71,12 +80,24 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             return
         super().save_model(output_dir, _internal_call=_internal_call)
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return EpochOrder(len(rows) - self.filling, self.filling, self.args.seed)
+
     def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
         wrapped: torch.nn.Module = super()._wrap_model(model, training, dataloader)
         if self.accelerator.ddp_handler is not None:
             # Gradients live in the buckets that are reduced: one copy instead of two. transformers has no field for it.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         return wrapped
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.cuts_rows:
+            begin_each_epoch_anew(loader)
+        return model, loader
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations a token and parameter; transformers counts the parameters again in each micro batch (5 ms)."""
@@ -103,12 +124,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         With several processes it is multiplied by their number, as in transformers: the gradients are averaged.
         """
         if not self.one_pass or return_outputs or self.args.loss_type != "nll" or self.args.label_smoothing_factor:
-            plain = {name: value for name, value in inputs.items() if name not in ("positions", "targets")}
+            plain = {name: value for name, value in inputs.items() if name not in ("positions", "targets", "filling")}
             return super().compute_loss(model, plain, return_outputs, num_items_in_batch)
         value, trained, correct = loss.trained_token_loss(model, inputs, num_items_in_batch)
         mode = "train" if model.training else "eval"
         mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        tokens = (inputs["input_ids"].numel() if mask is None else mask.sum()) - inputs.get("filling", 0)
         counts = torch.stack([torch.as_tensor(count, device=value.device) for count in (trained, correct, tokens)])
         self._counts[mode] = self._counts[mode] + counts if mode in self._counts else counts
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -160,11 +181,12 @@ def build_trainer(
             MasterWeightAdamW,
             {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon},
         )
+    rows = filled(prepared.train, _rows_of_whole_steps(resolved), int(tokenizer.pad_token_id))
     try:
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=prepared.train,
+            train_dataset=rows,
             eval_dataset=prepared.eval,
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -172,7 +194,15 @@ def build_trainer(
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}", hint="look at train.extra and model") from error
+    trainer.filling = len(rows) - len(prepared.train)
     # Progress, status and metrics are ours; these two would print over them.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _rows_of_whole_steps(resolved: Resolved) -> int:
+    """Rows that make a whole number of steps, and of micro batches on each process."""
+    layout, micro = resolved.layout, resolved.per_device_train_batch_size
+    step = micro * resolved.gradient_accumulation_steps * layout.data_parallel_size
+    return math.lcm(step, micro * layout.world_size)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
-from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped
+from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped, SftDistError
 from sft_dist.files import read_json, write_json, write_text
 from sft_dist.parallel.launch_files import plan_files
 from sft_dist.parallel.machine import this_machine
@@ -88,6 +88,8 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
             progress.end()
         step = trainer.state.global_step
         current.facts.update(first_step=recorder.first_step, last_step=step)
+        if step < trainer.state.max_steps and recorder.stopped_by is None:
+            raise SftDistError(f"the rows ended at step {step} of {trainer.state.max_steps}: a loader lost some")
         if step < trainer.state.max_steps:
             raise RunStopped(f"stopped by {recorder.stopped_by} at step {step}, saved as checkpoint-{step}")
         publish_model(run, config, resolved, trainer, tokens, ranks)

@@ -34,10 +34,14 @@ BFLOAT16 = {f"{plan}-bfloat16": (plan, 2, False) for plan in PLANS}
 PADDED = {f"{plan}-padded": (plan, 2, False) for plan in ("ddp", "zero3")}
 # Stopped after their first steps.
 FOUR = ("ddp-of-4", "fsdp2-of-4")
+# Ten rows at eight a step: the last step of each of two epochs is short.
+UNEVEN = {"uneven-ddp": ("ddp", 4), "uneven-zero3": ("zero3", 2), "uneven-fsdp2": ("fsdp2", 1)}
+TEN_ROWS = ("data.train={task: mix, rows: 10, seed: 1}", "train.num_train_epochs=2", "train.max_steps=null")
 # On two nodes of two processes: shards inside a node, copies across.
 HYBRID = ("zero3-hybrid", "fsdp2-hybrid")
 # Two processes share each row; each in a world of its own, since DeepSpeed replaces the attention of all later models.
 SHARED = ("zero1-shared", "zero3-shared")
+SHARE = "parallel.sequence_parallel_size=2"
 
 LOSS = 1e-6
 GRADIENT_NORM = 4e-6
@@ -65,7 +69,9 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
         return tiny_run(folder, name, *COMMON, *overrides)
 
     one = {"one": make("one", "train.per_device_train_batch_size=8")}
+    one["uneven"] = make("uneven", "train.per_device_train_batch_size=2", *TEN_ROWS)
     two = {name: make(name, *settings(*arm)) for name, arm in FLOAT32.items()}
+    two |= {name: make(name, *settings(plan, micro, False), *TEN_ROWS) for name, (plan, micro) in UNEVEN.items()}
     two |= {name: make(name, *settings(*arm), "model.attn_implementation=sdpa") for name, arm in PADDED.items()}
     if this_machine().cpu_bf16:
         half = ("model.dtype=bfloat16", f"train.max_steps={FIRST}")
@@ -75,7 +81,8 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
     hybrid = {
         name: make(name, *settings(name.split("-")[0], 1, False), "parallel.hybrid_shard=true") for name in HYBRID
     }
-    shared = {
+    shared = {"uneven-shared": make("uneven-shared", *settings("zero2", 2, False), *TEN_ROWS, SHARE)}
+    shared |= {
         name: make(name, *settings(name.split("-")[0], 4, False), "parallel.sequence_parallel_size=2")
         for name in SHARED
     }
@@ -87,6 +94,7 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
             "2x2": [f"{run.path}@{FIRST}:3" for run in hybrid.values()],
             "1x2": [f"{shared[SHARED[0]].path}@{FIRST}:1"],
             "01x2": [f"{shared[SHARED[1]].path}@{FIRST}:1"],
+            "001x2": [shared["uneven-shared"].path],
         }
     )
     return {**one, **two, **four, **hybrid, **shared}
@@ -163,6 +171,17 @@ def test_tokens_are_those_of_all_processes(runs: dict[str, RunDir], name: str) -
     assert column(runs[name], "tokens") == column(runs["one"], "tokens")
     assert column(runs[name], "tokens")[-1] == read_json(runs["one"].ledger)["train"]["tokens"], "20 x 8 rows are all"
     assert column(runs[name], "mean_token_accuracy") == column(runs["one"], "mean_token_accuracy")
+
+
+@pytest.mark.parametrize("name", [*UNEVEN, "uneven-shared"])
+def test_a_short_last_step_is_as_short_in_every_plan(runs: dict[str, RunDir], name: str) -> None:
+    assert len(column(runs[name], "loss")) == 4, "8 and 2 rows, twice"
+    assert furthest(column(runs[name], "loss"), column(runs["uneven"], "loss")) < LOSS
+    assert furthest(column(runs[name], "grad_norm"), column(runs["uneven"], "grad_norm")) < GRADIENT_NORM
+    rows = read_json(runs["uneven"].ledger)["train"]
+    assert column(runs["uneven"], "tokens")[-1] == 2 * rows["tokens"]
+    if name in UNEVEN:  # where rows are shared, those that fill the step are counted, a token each
+        assert column(runs[name], "tokens") == column(runs["uneven"], "tokens")
 
 
 @pytest.mark.parametrize("name", FOUR)

@@ -1,0 +1,70 @@
+"""The order of rows, and the rows that fill an epoch's last step, so that every plan trains the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def filled(dataset: Dataset, multiple: int, token: int) -> Dataset:
+    """`dataset` with rows of one untrained token at its end, until their number is a multiple of `multiple`.
+
+    accelerate would fill the last step from the first rows of the epoch instead, which are then trained twice, and
+    more of them the more processes there are. A filling row carries no loss, and the loss is divided by trained tokens.
+    """
+    from datasets import concatenate_datasets
+
+    missing = -len(dataset) % multiple
+    if not missing:
+        return dataset
+    rows = {"input_ids": [[token]] * missing, "labels": [[-100]] * missing}
+    return concatenate_datasets([dataset, type(dataset).from_dict(rows, features=dataset.features)])
+
+
+def is_filling(row: dict[str, list[int]]) -> bool:
+    """Whether a row is one of those; no other row has only one token, since the first one is never predicted."""
+    return len(row["input_ids"]) == 1
+
+
+class EpochOrder(Sampler[int]):
+    """A random order of the rows for each epoch, the same on every process, and the filling rows last."""
+
+    def __init__(self, rows: int, filling: int, seed: int) -> None:
+        self.rows, self.filling, self.seed, self.epoch = rows, filling, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader when an epoch begins, after a resume too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows + self.filling
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, self.rows + self.filling)
+
+
+def begin_each_epoch_anew(loader: Any) -> None:
+    """Mend DeepSpeed's loader of shared rows (0.19.8, UlyssesSPDataLoaderAdapter) in place.
+
+    Trainer stops after an epoch's last batch and so never meets the end at which that loader begins again: the first
+    step of every later epoch was left out, and the order never changed. Can go when the loader does the same.
+    """
+    kind = type(loader)
+
+    def begin(self: Any) -> Any:
+        self.micro_batches.clear()
+        self.iter = iter(self.dl)
+        return self
+
+    def set_epoch(self: Any, epoch: int) -> None:
+        self.dl.set_epoch(epoch)
+
+    loader.__class__ = type(kind.__name__, (kind,), {"__iter__": begin, "set_epoch": set_epoch})
