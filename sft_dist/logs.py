@@ -19,3 +19,5 @@ def log_to_stderr() -> None:
     if not logger.handlers:
         logger.addHandler(_Stderr())
     logger.setLevel(logging.INFO)
+    # Imported by PEFT wherever it is installed, it reports a kernel that only its own CPU speed would need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
