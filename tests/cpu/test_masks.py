@@ -497,6 +497,8 @@ def test_the_ledger_counts_what_is_cut_and_dropped(tiny_tokens: Callable[..., Ru
         "longest_row": limit,
         "tokens": whole(*short) + limit,
         "trained_tokens": count("Hello!") + 1 + limit - opening,
+        # The standard deviation of two lengths is half of what lies between them.
+        "spread": (limit - whole(*short)) / 2,
     }
     assert [len(row["input_ids"]) for row in result.train] == [whole(*short), limit]
     assert result.eval is None

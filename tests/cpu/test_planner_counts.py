@@ -99,5 +99,5 @@ def saved_bytes(kind: str, layers: int, dtype: str, lora: bool) -> int:
 def test_activations(kind: str, dtype: str, lora: bool) -> None:
     layer = saved_bytes(kind, 3, dtype, lora) - saved_bytes(kind, 2, dtype, lora)
     architecture = read_architecture(built(kind).to_diff_dict(), kind)
-    counted = layer_activations(architecture, dtype, lora=lora, fused=False)
+    counted = layer_activations(architecture, dtype, lora=lora)
     assert counted == pytest.approx(layer / TOKENS, rel=0.03)
