@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sft_dist.cli_data import TAKES_OVERRIDES, ConfigArgument, Overrides, data_app, load
+from sft_dist.cli_jobs import register
 from sft_dist.cli_plan import plan
+from sft_dist.cli_submit import submit
 from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
 from sft_dist.logs import log_to_stderr
 
@@ -30,6 +32,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command(context_settings=TAKES_OVERRIDES)(plan)
+app.command(context_settings=TAKES_OVERRIDES)(submit)
+register(app)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -142,6 +146,7 @@ def resume(run: RunArgument) -> None:
     found = find_run(run)
     if found.read_status().get("state") == "done" and (found.model / "DONE").is_file():
         raise ConfigError(f"run {found.name} is done", hint=f"see it with: sft-dist report {run}")
+    found.cancelled.unlink(missing_ok=True)
     run_here(found)
     _show_result(found)
 

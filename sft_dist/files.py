@@ -20,6 +20,15 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
 
 
+def moment(value: Any) -> datetime.datetime | None:
+    """An ISO 8601 time, taken as UTC if it names no zone; None if `value` is no time."""
+    try:
+        time = datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` by way of a temporary file in the same folder and an atomic rename.
 

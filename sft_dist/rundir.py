@@ -14,6 +14,9 @@ runs/NAME/
   model/adapter/                             of a LoRA run: the adapter alone, for peft (and no weights beside it if
                                              model.lora.merge is false)
   report.html  loss.png  logs/
+  slurm/job.json                             the jobs that were submitted for it
+  .lock                                      the process that works on it; empty of meaning when nobody holds it
+  .cancelled                                 `cancel` was called: nothing requeues it until `resume` or `submit`
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sft_dist.errors import ConfigError
 from sft_dist.files import read_json, utc_now, write_json
@@ -117,13 +121,22 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def cancelled(self) -> Path:
+        """There while the run is not to be requeued; whoever starts it again takes it away."""
+        return self.path / ".cancelled"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; ConfigError if another one holds it. The lock ends with its process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as stream:
+        with self.lock.open("a+", encoding="utf-8") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(stream)
             except BlockingIOError:
                 stream.seek(0)
                 raise ConfigError(
@@ -138,6 +151,17 @@ class RunDir:
             stream.flush()
             yield
 
+    def held(self) -> bool:
+        """Whether a process that can be seen from this host works on the run; no answer where there are no locks."""
+        try:
+            with self.lock.open(encoding="utf-8") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no such file, not ours to read, a filesystem without locks
+            return False
+        return False
+
     def read_status(self) -> dict[str, Any]:
         """The content of status.json, {} before the first write."""
         return read_json(self.status) or {}
@@ -147,6 +171,16 @@ class RunDir:
         if fields.get("state", "running") not in STATES:
             raise ValueError(f"state {fields['state']!r} is not one of {', '.join(STATES)}")
         write_json(self.status, {**self.read_status(), **fields, "updated": utc_now()})
+
+
+def _take(stream: TextIO) -> None:
+    """Lock `stream` for this process; tried for a moment, since `held` takes the lock for an instant to see if it is free."""
+    for _ in range(3):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.03)
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def runs_root(configured: str | None = None) -> Path:

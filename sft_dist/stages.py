@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft_dist.data.formats import Example
+    from sft_dist.jobs.place import Place
     from sft_dist.train.attempt import Attempt
 
 log = logging.getLogger(__name__)
 
 
-def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
-    """Create the run directory of a loaded config, once it is known that it can be trained here.
+def new_run(loaded: LoadedConfig, *, overwrite: bool = False, resolved: Resolved | None = None) -> RunDir:
+    """Create the run directory of a loaded config, once it is known that it can be trained here, or as `resolved`.
 
     An existing run is refused unless `overwrite`; neither a new directory nor a deleted one is left behind by a
     config that cannot run.
@@ -39,7 +40,7 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False) -> RunDir:
         raise ConfigError("data.train is not set", hint="set it to a JSONL file, a dataset's name or {task: tickets}")
     from sft_dist.evaluate.compare import write_held_out
 
-    held_out = prove_here(config, RunDir(root / name))
+    held_out = prove(config, RunDir(root / name), resolved) if resolved else prove_here(config, RunDir(root / name))
     run = create_run(root, name, overwrite=overwrite)
     write_json(run.provenance, loaded.provenance)
     write_held_out(run, held_out)
@@ -59,13 +60,19 @@ def _refuse_launcher() -> None:
 
 
 def prove_here(config: Config, run: RunDir) -> list[Example]:
-    """Resolve the plan, check TRL's arguments and the model's files, prepare the rows; returns the held-out ones.
+    """`prove` for this machine."""
+    from sft_dist.train.worker import resolve_here
+
+    return prove(config, run, resolve_here(config))
+
+
+def prove(config: Config, run: RunDir, resolved: Resolved) -> list[Example]:
+    """Check TRL's arguments and the model's files, prepare the rows; returns the held-out ones.
 
     Takes seconds and writes only to the cache. Raises ConfigError, PreflightError or DataError, as the run would later.
     """
-    from sft_dist.train.worker import needs_engine, resolve_here
+    from sft_dist.train.worker import needs_engine
 
-    resolved = resolve_here(config)
     needs_engine(resolved)
     from sft_dist.data.prepare import prepare
     from sft_dist.evaluate.compare import held_out_rows
@@ -83,29 +90,37 @@ def prove_here(config: Config, run: RunDir) -> list[Example]:
     return held_out_rows(config, tokens.tokenizer)
 
 
-def run_here(run: RunDir) -> None:
-    """Take `run` through the stages that it has not been through yet.
+def run_here(run: RunDir, place: Place | None = None) -> None:
+    """Take `run` through the stages that it has not been through yet; in a job, through those that `place` names.
 
     Raises RunStopped when asked to stop, with what is done kept; any other failure is on record in status.json.
     """
+    from sft_dist.jobs.requeue import settler
     from sft_dist.train.attempt import attempt
     from sft_dist.train.worker import record_environment, resolve_here
 
     _refuse_launcher()
     config = load_run_config(run.config)
-    with attempt(run) as current:
-        resolved = resolve_here(config)
+    due = {
+        "before": config.evaluate.before and not (run.eval / "before.jsonl").is_file(),
+        "train": not (run.model / "DONE").is_file(),
+        "after": config.evaluate.after and not (run.eval / "after.jsonl").is_file(),
+    }
+    parts = [part for part in due if due[part] and (place is None or part in place.parts)]
+    with attempt(run, settler(run, place) if place else None) as current:
+        current.complete = all(part in parts for part in due if due[part])
+        resolved = resolve_here(config, nodes=len(place.nodes) if place else 1)
         record_environment(run, resolved)
-        if config.evaluate.before and not (run.eval / "before.jsonl").is_file():
+        if "before" in parts:
             _evaluate(config, run, resolved, "before")
-        if not (run.model / "DONE").is_file():
-            _train(run, current, resolved)
-        if config.evaluate.after and not (run.eval / "after.jsonl").is_file():
+        if "train" in parts:
+            _train(run, current, resolved, place)
+        if "after" in parts:
             _evaluate(config, run, resolved, "after")
     report_here(run)
 
 
-def _train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
+def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | None) -> None:
     """Train in this process, or in those of the plan."""
     if resolved.layout.plan.engine == "none":
         from sft_dist.train.ranks import Ranks
@@ -116,7 +131,7 @@ def _train(run: RunDir, current: Attempt, resolved: Resolved) -> None:
     from sft_dist.jobs.launcher import run_workers
 
     with current.stop.deferred():
-        status = run_workers(run, resolved, current.stop.heard)
+        status = run_workers(run, resolved, current.stop.heard, place)
     ended = run.read_status()
     current.facts.update({name: ended[name] for name in ("first_step", "last_step") if ended.get(name) is not None})
     if ended.get("state") == "failed":

@@ -1,6 +1,6 @@
 """Load a config: a file or a packaged recipe, what it extends, then the overrides; every value knows where it is from.
 
-    defaults  <  extended files and recipes, in their order  <  the file or recipe itself  <  overrides
+    defaults  <  the profile that slurm.profile names  <  extended files and recipes, in their order  <  the file or recipe itself  <  overrides
 
 A later layer's mappings are merged into the earlier ones, its lists and plain values replace theirs. A data source has
 one origin: setting its `path` drops an earlier `task` and the reverse, and a source given as plain text replaces the
@@ -17,6 +17,7 @@ from typing import Any
 from sft_dist.config.layers import Layer, document_layers, list_recipes, open_document, override_layer, read_recipe
 from sft_dist.config.problem import Problem
 from sft_dist.config.problems import validate
+from sft_dist.config.profile import profile_layer
 from sft_dist.config.schema import SOURCES, Config
 from sft_dist.config.yaml12 import dump_yaml, parse_yaml
 from sft_dist.errors import ConfigError
@@ -57,7 +58,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         if not problems:
             raise
         raise _refuse(source, [error.message, *problems], hint=error.hint) from error
-    tree, origins = _merge([*_default_sources(), *layers, cli])
+    profile = profile_layer([*layers, cli], problems)
+    tree, origins = _merge([*_default_sources(), *([profile] if profile else []), *layers, cli])
     run = tree.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
         run["name"] = document.run_name

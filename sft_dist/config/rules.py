@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sft_dist.config.problem import Problem, did_you_mean, shown
 from sft_dist.config.rules_parallel import parallel_problems
+from sft_dist.config.rules_slurm import slurm_problems
 from sft_dist.config.schema import SOURCES, Config, GenerationConfig, SourceConfig
 from sft_dist.config.sft_fields import known_sft_fields, refused_extra
 from sft_dist.config.spelling import suggest
@@ -22,7 +23,18 @@ OF_PATH = ("name", "split", "revision")
 
 def rule_problems(config: Config) -> list[Problem]:
     """Each contradiction between fields of `config`; [] if it holds together."""
-    checks = (_names, _sources, _batch_sizes, _strategies, _shares, _generation, _labels, _extra, parallel_problems)
+    checks = (
+        _names,
+        _sources,
+        _batch_sizes,
+        _strategies,
+        _shares,
+        _generation,
+        _labels,
+        _extra,
+        parallel_problems,
+        slurm_problems,
+    )
     return [problem for check in checks for problem in check(config)]
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sft_dist.config.schema_parallel import LoraConfig, ParallelConfig
+from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.config.section import Auto, Count, Fraction, NonNegative, Positive, Section
 
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction"]
@@ -215,6 +216,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    slurm: SlurmConfig = SlurmConfig()
     tracking: TrackingConfig = TrackingConfig()
 
 

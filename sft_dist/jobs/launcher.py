@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from sft_dist.jobs.board import board_of
+from sft_dist.jobs.place import Place
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
 
 # The run directory, for workers whose launcher keeps the record of the attempt.
 ATTEMPT_HELD = "SFT_DIST_ATTEMPT_HELD"
 POLL_S = 0.1
+# How often a task looks what the others said, and how long its workers may take to end once it is over elsewhere.
+LOOK_S, PATIENCE_S = 1.0, 15.0
 STDERR = 2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -28,29 +33,82 @@ def torchrun(resolved: Resolved, arguments: list[str]) -> list[str]:
     return [*run, "--nproc-per-node", str(resolved.layout.processes_per_node), *arguments]
 
 
-def run_workers(run: RunDir, resolved: Resolved, heard: Sequence[int]) -> int:
+@dataclass(frozen=True)
+class Workers:
+    """The processes of one node."""
+
+    count: int
+    threads: int | None = None
+    """OMP_NUM_THREADS of each, unless it is set; None leaves it."""
+
+
+def run_workers(run: RunDir, resolved: Resolved, heard: Sequence[int], place: Place | None = None) -> int:
     """Train `run` with the plan's processes and wait for them; the exit status of torchrun.
 
     The workers stand in a session of their own, so that Ctrl-C reaches only this process, and the agent of torchrun,
     which would kill them after 30 s, hears nothing of it: signals are sent to the workers as they are added to `heard`;
     they agree on a step, save and end. They do so too, within the agent's 30 s, if this process is killed. How they ended
-    is in status.json; an exit status does not survive torchrun.
+    is in status.json; an exit status does not survive torchrun. In a job `place` is this task's, and the other tasks are
+    told to start their share.
     """
-    environment = {**os.environ, ATTEMPT_HELD: str(run.path)}
-    if resolved.use_cpu:
-        environment.setdefault("OMP_NUM_THREADS", str(resolved.num_threads))
-    command = torchrun(resolved, ["-m", "sft_dist.train", str(run.path)])
-    # DeepSpeed prints while it starts: stdout is for the result.
+    share = Workers(resolved.layout.processes_per_node, resolved.num_threads if resolved.use_cpu else None)
+    if place is None:
+        # DeepSpeed prints while it starts: stdout is for the result.
+        return _run(run, torchrun(resolved, ["-m", "sft_dist.train", str(run.path)]), share, heard)
+    board_of(place).say("train", processes=share.count, threads=share.threads)
+    return run_share(run, share, heard, place)
+
+
+def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -> int:
+    """The workers of this task among those of the job; ends them if another task's have failed or task 0 is through."""
+    arguments = ["-m", "sft_dist.train", str(run.path)]
+    board = board_of(place)
+
+    def over() -> bool:
+        return bool(board.said("failed") or board.said("end"))
+
+    if place.tasks_per_node > 1:
+        alone = {"RANK": place.task, "WORLD_SIZE": place.tasks, "LOCAL_RANK": place.local_task}
+        meeting = {"LOCAL_WORLD_SIZE": place.tasks_per_node, "MASTER_ADDR": place.address, "MASTER_PORT": place.port}
+        extra = {name: str(value) for name, value in {**alone, **meeting}.items()}
+        return _run(run, [sys.executable, *arguments], share, heard, over, extra, agent_is_worker=True)
+    meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
+    where = ["--nnodes", str(len(place.nodes)), "--node-rank", str(place.node), *meeting_at]
+    command = [sys.executable, "-m", "sft_dist.jobs.elastic", *where, "--nproc-per-node", str(share.count), *arguments]
+    return _run(run, command, share, heard, over)
+
+
+def _run(
+    run: RunDir,
+    command: list[str],
+    share: Workers,
+    heard: Sequence[int],
+    over: Callable[[], bool] | None = None,
+    extra: Mapping[str, str] | None = None,
+    *,
+    agent_is_worker: bool = False,
+) -> int:
+    """Start `command` and pass signals on to its workers; once `over`, they have a moment to end by themselves."""
+    environment = {**os.environ, **(extra or {}), ATTEMPT_HELD: str(run.path)}
+    if share.threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(share.threads))
     agent = subprocess.Popen(command, env=environment, stdout=STDERR, start_new_session=True, preexec_fn=_as_agent)
-    passed_on = 0
+    passed_on, look, deadline = 0, time.monotonic() + LOOK_S, None
     try:
         while agent.poll() is None:
-            workers = children(agent.pid) if len(heard) > passed_on else []
+            workers: list[int] = []
+            if len(heard) > passed_on:
+                workers = [agent.pid] if agent_is_worker else children(agent.pid)
             for number in heard[passed_on:] if workers else ():  # until there are workers, nobody would hear it
                 passed_on += 1
                 for worker in workers:
                     with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                         os.kill(worker, number)
+            if over is not None and deadline is None and time.monotonic() > look:
+                look = time.monotonic() + LOOK_S
+                deadline = look + PATIENCE_S if over() else None
+            if deadline is not None and time.monotonic() > deadline:
+                _kill(agent)
             time.sleep(POLL_S)  # a blocking wait would not let a handler forward anything
     except BaseException:
         _kill(agent)

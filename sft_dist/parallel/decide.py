@@ -28,7 +28,7 @@ def decide_plan(config: Config, machine: Machine, world: World, notes: list[str]
     if plan in ("cpu", "single") and world.size > 1:
         raise ConfigError(
             f"parallel.plan is {plan!r}, one process, but the launcher started {world.size}",
-            hint="set parallel.plan=ddp (or leave it on auto), or start one process",
+            hint="set parallel.plan=ddp (or leave it on auto), or start one process on one node",
         )
     count = config.parallel.num_processes
     if (
@@ -49,6 +49,7 @@ def decide_plan(config: Config, machine: Machine, world: World, notes: list[str]
         return world.plan
     processes = world.size if world.launched else count if count != "auto" else max(1, len(machine.gpus))
     if not machine.gpus:
+        processes *= 1 if world.launched else world.nodes
         plan = "ddp" if processes > 1 else "cpu"
         notes.append(f"parallel.plan = {plan}: {processes} process(es), no GPU visible, {machine.cores} CPU core(s)")
     return plan
@@ -78,7 +79,7 @@ def decide_processes(config: Config, machine: Machine, world: World, plan: str) 
                 hint=f"set it to {len(machine.gpus)} or less, or leave it on auto",
             )
         return asked
-    return len(machine.gpus)
+    return max(1, len(machine.gpus))  # without a GPU, one process on each of several nodes
 
 
 def decide_dtype(config: Config, machine: Machine, use_cpu: bool, notes: list[str]) -> Literal["float32", "bfloat16"]:

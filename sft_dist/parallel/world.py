@@ -41,6 +41,11 @@ class World:
         return self.size // self.local_size
 
 
+def nodes_of(count: int) -> World:
+    """The world of a job of so many nodes, before there are workers on them."""
+    return World(size=count)
+
+
 def this_world() -> World:
     """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and accelerate's variables.
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import SftDistError
-from sft_dist.report.text import mapping, moment
+from sft_dist.files import moment
+from sft_dist.report.text import mapping
 from sft_dist.rundir import RunDir
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist import __version__
-from sft_dist.files import utc_now, write_text
+from sft_dist.files import moment, utc_now, write_text
 from sft_dist.report.config_text import config_value, marked_lines
 from sft_dist.report.curve import draw
 from sft_dist.report.facts import RunFacts, read_facts, wall_seconds
@@ -23,7 +23,6 @@ from sft_dist.report.text import (
     clock,
     duration,
     flatten,
-    moment,
     number,
     percent,
     plain,

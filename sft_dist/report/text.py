@@ -8,6 +8,8 @@ import math
 import re
 from typing import Any
 
+from sft_dist.files import moment
+
 NONE = "-"  # stands where there is no value
 
 # Controls (but tab and newline), soft hyphen, bidi marks and overrides, zero-width characters, line separators,
@@ -76,15 +78,6 @@ def percent(share: float | None) -> str:
 def points(before: float | None, after: float | None) -> str:
     """The change between two shares in percentage points, signed."""
     return NONE if before is None or after is None else f"{(after - before) * 100:+.1f}"
-
-
-def moment(value: Any) -> datetime.datetime | None:
-    """An ISO 8601 time, taken as UTC if it names no zone; None if `value` is no time."""
-    try:
-        time = datetime.datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return None
-    return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def clock(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,25 +18,33 @@ from sft_dist.train.shutdown import StopRequest
 # What workers leave in status.json for the launcher that keeps the record.
 OUTCOME = ("exit_status", "first_step", "last_step")
 
+# From the state and its reason, the first signal (0: none) and whether nothing of the run is left: the state and reason
+# that status.json gets, and what is added to the line in attempts.jsonl.
+Settle = Callable[[str, str | None, int, bool], tuple[str, str | None, dict[str, Any]]]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Attempt:
     """The attempt that is under way."""
 
     stop: StopRequest
     facts: dict[str, Any] = field(default_factory=dict)
     """What the training adds to the line in attempts.jsonl: first_step, last_step."""
+    complete: bool = True
+    """Whether nothing of the run is left to do once this has ended well; a chain of jobs does a part in each."""
 
 
 @contextlib.contextmanager
-def attempt(run: RunDir) -> Iterator[Attempt]:
+def attempt(run: RunDir, settle: Settle | None = None) -> Iterator[Attempt]:
     """Enter an attempt: signals are caught, the state is `running`; when the block ends, how it ended is written.
+
+    In a job `settle` decides what follows from the end, and adds to the record.
 
     A second process that enters the same run is refused (ConfigError). A requested stop leaves as RunStopped, whatever
     stage it interrupted; other exceptions pass unchanged.
     """
     with run.locked():
-        yield from _attempt(run)
+        yield from _attempt(run, settle)
 
 
 @contextlib.contextmanager
@@ -65,7 +73,7 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
                     run.write_status(**outcome, **current.facts)
 
 
-def _attempt(run: RunDir) -> Iterator[Attempt]:
+def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
     number = len(read_jsonl(run.attempts)) + 1
     start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
     stale = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
@@ -74,6 +82,7 @@ def _attempt(run: RunDir) -> Iterator[Attempt]:
     with StopRequest() as stop:
         current = Attempt(stop)
         try:
+            stop.release()
             yield current
         except (RunStopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, RunStopped) else RunStopped("interrupted twice, without a save")
@@ -86,6 +95,9 @@ def _attempt(run: RunDir) -> Iterator[Attempt]:
             raise
         finally:
             line = {**start, "end": utc_now(), **current.facts, "ended": state, "reason": reason}
+            if settle is not None:
+                state, reason, facts = settle(state, reason, stop.number, current.complete)
+                line |= facts
             # On a full disk the record cannot be written either; the failure itself is what the user must see.
             with contextlib.suppress(OSError) if state == "failed" else contextlib.nullcontext():
                 append_jsonl(run.attempts, line)

@@ -34,6 +34,10 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
+    def release(self) -> None:
+        """Let in what arrived while this process started, if the one that started it had its signals held back."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     @property
     def number(self) -> int:
         """The first signal, 0 while nothing was asked."""
@@ -62,5 +66,6 @@ class StopRequest:
         self.heard.append(number)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._deferred:
+        # Only the first: a cluster's signal may come twice, and must not interrupt the record of the stop.
+        if not self._deferred and not again:
             raise Interrupted(f"stopped by {self.reason} outside of the training")

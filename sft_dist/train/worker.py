@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from sft_dist.files import read_json, write_json, write_text
 from sft_dist.parallel.launch_files import plan_files
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, resolve, with_rows
-from sft_dist.parallel.world import forget_accelerate, this_world
+from sft_dist.parallel.world import forget_accelerate, nodes_of, this_world
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
 from sft_dist.train.cpu import settle_cpu
@@ -127,20 +128,19 @@ def _refine(run: RunDir, config: Config, resolved: Resolved, ledger: dict[str, A
     """What the rows' real lengths change, on record."""
     refined = with_rows(config, resolved, this_machine(), ledger["train"])
     if refined is not resolved and ranks.is_main:
-        for line in refined.decisions:
-            if line not in resolved.decisions:
-                log.info("%s", line)
-        write_json(run.env, environment(this_machine(), refined))
+        record_environment(run, refined, told=resolved.decisions)
     return refined
 
 
-def resolve_here(config: Config) -> Resolved:
+def resolve_here(config: Config, *, nodes: int = 1) -> Resolved:
     """Decide every `auto` for this process or those that were launched with it, and settle its threads and GPU.
 
     Must run before torch is imported: it reads the visible GPUs and the threads' settings once. A plan of several
-    processes is only decided here, not settled: its workers do that.
+    processes is only decided here, not settled: its workers do that. `nodes` is how many there are in the job whose
+    workers this process will start.
     """
     world = this_world()
+    world = world if world.launched else nodes_of(nodes)
     resolved = resolve(config, this_machine(), world)
     if resolved.layout.plan.engine != "none" and not world.launched:
         return resolved
@@ -178,13 +178,14 @@ def needs_engine(resolved: Resolved) -> None:
         )
 
 
-def record_environment(run: RunDir, resolved: Resolved) -> None:
-    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be."""
+def record_environment(run: RunDir, resolved: Resolved, told: Sequence[str] = ()) -> None:
+    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be, but for what was `told`."""
     write_json(run.env, environment(this_machine(), resolved))
     for name, text in plan_files(resolved.layout).items():
         write_text(run.plan / name, text)
     for line in resolved.decisions:
-        log.info("%s", line)
+        if line not in told:
+            log.info("%s", line)
 
 
 def summary(ledger: dict[str, Any]) -> str:

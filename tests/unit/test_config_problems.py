@@ -104,7 +104,7 @@ def test_a_long_value_is_cut():
         ({"run": {"qqq": "x"}}, "run.qqq   unknown key; valid: name, dir, seed"),
         (
             {"qqq": 1},
-            "qqq   unknown key; valid: run, model, data, train, parallel, checkpoint, evaluate, tracking, extends",
+            "qqq   unknown key; valid: run, model, data, train, parallel, checkpoint, evaluate, slurm, tracking, extends",
         ),
     ],
 )

@@ -1,0 +1,145 @@
+"""The commands about runs that were started: `status`, `logs`, `cancel`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from sft_dist.rundir import RunDir
+
+# Characters that the whole table takes where nothing says how wide the lines may be.
+WIDE = 180
+# How often new lines are looked for, and how often whether the run has ended.
+LINES_EVERY_S, STATE_EVERY_S = 0.5, 10.0
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
+
+
+def status(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Names or directories of runs, or folders of runs; all if not given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """State, step, loss, time left and attempts of runs. Example: sft-dist status"""
+    from sft_dist.jobs.status import look
+    from sft_dist.rundir import runs_root
+
+    chosen = _chosen(runs)
+    statuses, notes = look(chosen)
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+    if as_json:
+        typer.echo(json.dumps({"runs": [it.facts() for it in statuses], "notes": list(notes)}, indent=2))
+        return
+    if not statuses:
+        sys.stderr.write(
+            f"there are no runs in {runs_root()} (run.dir=... or SFT_DIST_RUNS=... names another folder)\n"
+        )
+        return
+    from sft_dist.report.status_table import details, status_table
+
+    _console().print(status_table(statuses))
+    if len(statuses) == 1 and runs:
+        typer.echo("\n" + "\n".join(details(statuses[0])))
+
+
+def logs(
+    run: RunArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only the node or rank with this number.")] = None,
+    tail: Annotated[int | None, typer.Option(min=0, help="Only the last lines of each node or rank.")] = None,
+) -> None:
+    """Show a run's logs, all nodes and ranks together. Example: sft-dist logs -f demo"""
+    from sft_dist.jobs.logs import Follower, sources
+    from sft_dist.rundir import find_run
+
+    found = find_run(run)
+    if not sources(found, rank):
+        of = "" if rank is None else f" of node or rank {rank}"
+        sys.stderr.write(f"no log files{of} in {found.path} yet; what `train` shows is not kept in a file\n")
+        if not follow:
+            return
+    follower = Follower(found, rank=rank, tail=tail)
+    with contextlib.suppress(KeyboardInterrupt):
+        _show(follower.news())
+        while follow and not _ended(found):
+            until = time.monotonic() + (STATE_EVERY_S if (found.path / "slurm").exists() else LINES_EVERY_S)
+            while time.monotonic() < until:
+                time.sleep(LINES_EVERY_S)
+                _show(follower.news())
+        _show(follower.news())
+        _show(follower.rest())
+
+
+def cancel(
+    run: RunArgument,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that the run has to save and end.")] = 120.0,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for a save.")] = False,
+) -> None:
+    """Stop a run; it can be resumed. Example: sft-dist cancel demo"""
+    from sft_dist.jobs.cancel import cancel as cancel_run
+    from sft_dist.report.status_table import details
+    from sft_dist.rundir import find_run
+
+    after = cancel_run(find_run(run), wait_s=wait, now=now)
+    typer.echo(f"run {after.name}: {after.state}")
+    typer.echo("\n".join(details(after)))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    for command in (status, logs, cancel):
+        app.command()(command)
+
+
+def _chosen(names: list[str] | None) -> list[RunDir]:
+    """The runs that were named; all of the runs root if none was."""
+    from sft_dist.jobs.records import find_runs
+    from sft_dist.rundir import find_run, runs_root
+
+    if not names:
+        return find_runs(runs_root())
+    chosen: dict[Path, RunDir] = {}
+    for name in names:
+        folder = Path(name).expanduser()
+        runs = find_runs(folder) if folder.is_dir() and not (folder / "config.yaml").is_file() else []
+        for run in runs or [find_run(name)]:
+            chosen[run.path.absolute()] = run
+    return list(chosen.values())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else WIDE)
+
+
+def _show(lines: Iterator[tuple[str, str]]) -> None:
+    """Lines with their labels on stdout, whatever characters it can take."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for label, line in lines:
+        typer.echo(f"{label}| {line}".encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _ended(run: RunDir) -> bool:
+    """Whether nothing more will be logged: no process is left, and no job that may start one."""
+    from sft_dist.jobs.status import look
+
+    found = look([run])[0][0]
+    return found.state in ("stopped", "failed", "done", "lost") and not found.verdict.live and not found.unanswered

@@ -1,0 +1,245 @@
+"""The body of `sft-dist submit`: runs become jobs, proven here for the nodes that they will get."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sft_dist.cli_data import load
+from sft_dist.errors import ConfigError, RunStopped, SftDistError
+
+if TYPE_CHECKING:
+    from sft_dist.config.loader import LoadedConfig
+    from sft_dist.config.schema import Config
+    from sft_dist.jobs.submit import Part
+    from sft_dist.rundir import RunDir
+
+log = logging.getLogger(__name__)
+FOLLOW_S = 2.0
+# A job that the queue no longer knows may still be writing its last words to a slow file system.
+GONE_S = 20.0
+
+
+def submit(
+    configs: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG|RUN... [KEY=VALUE]...", help="Configs, recipes or stopped runs; config fields."),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script and submit nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the jobs to their end.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run in the background here, without SLURM.")] = False,
+    after: Annotated[list[str] | None, typer.Option(help="Start when this job (or run's job) is done.")] = None,
+    array: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value, NAME-KEY-VALUE, as an array.")
+    ] = None,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Three jobs: ask before on one node, train, ask after on one node.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete existing runs of these names first.")] = False,
+) -> None:
+    """Run on SLURM through submitit, or go on with a stopped run. Example: sft-dist submit my.yaml slurm.nodes=2"""
+    from sft_dist.jobs.submit import dry_script, job_numbers, slurm_folder
+    from sft_dist.jobs.submit import submit as hand_over
+
+    sources = [word for word in configs if "=" not in word.partition("/")[0]]
+    overrides = [word for word in configs if word not in sources]
+    if array and (chain or len(sources) > 1):
+        raise ConfigError("--array is for one config, and not together with --chain")
+    if local and (chain or array or after):
+        raise ConfigError("--local has no queue: no --array, --chain or --after")
+    if not sources:
+        raise ConfigError("no config to submit", hint="sft-dist submit my.yaml slurm.partition=gpu")
+    numbers = [] if local else job_numbers(after or [])
+    if dry_run:
+        for part in _dry_parts(sources, overrides, array or [], chain=chain):
+            typer.echo(dry_script(part, numbers))
+        return
+    submitted: list[tuple[RunDir, str]] = []
+    if array:
+        parts = _sweep(sources[0], overrides, array, overwrite=overwrite)
+        name = str(load(sources[0], overrides).config.run.name)
+        ids = hand_over(parts, folder=_array_folder(parts[0].run, name), after=numbers, name=name)
+        submitted += [(part.run, number) for part, number in zip(parts, ids, strict=True)]
+    for source in sources if not array else []:
+        previous = numbers
+        for part in _parts(_made(source, overrides, overwrite=overwrite, local=local), chain=chain):
+            previous = hand_over([part], folder=slurm_folder(part.run), after=previous, local=local)
+            submitted.append((part.run, previous[0]))
+    for run, number in submitted:
+        typer.echo(f"{number} {run.path}")
+    if wait:
+        _follow(submitted, local=local)
+
+
+def _made(source: str, overrides: Sequence[str], *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
+    """The run to submit: a new one of a config, or the stopped one that `source` names."""
+    run = _existing(source)
+    if run is not None:
+        return run, _ready_again(run, overrides)
+    return _new(load(source, list(overrides)), overwrite=overwrite, local=local)
+
+
+def _new(loaded: LoadedConfig, *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
+    from sft_dist.jobs.resources import job_machine, resolve_for_job
+    from sft_dist.stages import new_run
+
+    if local and loaded.config.slurm.nodes > 1:
+        raise ConfigError(f"slurm.nodes is {loaded.config.slurm.nodes}, but --local has one", hint="add slurm.nodes=1")
+    resolved = resolve_for_job(loaded.config)
+    note = job_machine(loaded.config)[1]
+    for line in [*([note] if note else []), *resolved.decisions]:
+        log.info("%s", line)
+    return new_run(loaded, overwrite=overwrite, resolved=resolved), loaded.config
+
+
+def _existing(source: str) -> RunDir | None:
+    """The run that `source` is the folder of, or, where no config has that name, the name of."""
+    from sft_dist.config.loader import list_recipes
+    from sft_dist.rundir import RunDir, find_run
+
+    if (Path(source) / "config.yaml").is_file():
+        return RunDir(Path(source))
+    if Path(source).exists() or source in list_recipes():
+        return None
+    try:
+        return find_run(source)
+    except ConfigError:
+        return None  # the loader says what there is
+
+
+def _ready_again(run: RunDir, overrides: Sequence[str]) -> Config:
+    """The config of a run to go on with, `slurm` changed by `overrides`. Raises ConfigError if it is at work or done."""
+    from sft_dist.config.loader import load_run_config, write_config
+    from sft_dist.config.resubmit import with_slurm
+    from sft_dist.files import write_text
+    from sft_dist.jobs.queue import ask_queue
+    from sft_dist.jobs.submit import last_job
+
+    state = run.read_status().get("state")
+    if state == "done" and (run.model / "DONE").is_file():
+        raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {run.path}")
+    number = last_job(run)
+    job = ask_queue([number] if number else []).jobs.get(number or "")
+    if run.held() or (job is not None and job.phase != "ended"):
+        what = f"job {number} is {job.state}" if job is not None and job.phase != "ended" else "a process works on it"
+        raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.path}")
+    config = with_slurm(load_run_config(run.config), overrides)
+    if overrides:
+        write_text(run.config, write_config(config))
+    return config
+
+
+def _sweep(source: str, overrides: Sequence[str], array: Sequence[str], *, overwrite: bool) -> list[Part]:
+    """A run for each combination of the values; none is left behind if one of them cannot run."""
+    made: list[tuple[RunDir, Config]] = []
+    try:
+        for loaded in _swept(source, overrides, array):
+            made.append(_new(loaded, overwrite=overwrite))
+    except BaseException:
+        for run, _ in made:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return [part for one in made for part in _parts(one, chain=False)]
+
+
+def _swept(source: str, overrides: Sequence[str], array: Sequence[str]) -> Iterator[LoadedConfig]:
+    from sft_dist.config.yaml12 import parse_yaml
+
+    axes: list[list[tuple[str, Any]]] = []
+    for word in array:
+        key, equals, text = word.partition("=")
+        values = parse_yaml(f"[{text}]", "--array") if equals else None
+        if not values:
+            raise ConfigError(f"--array {word} is not KEY=VALUE,VALUE", hint="--array train.learning_rate=1e-5,2e-5")
+        if key.startswith(("slurm.", "run.")):
+            raise ConfigError(
+                f"--array {key}: the jobs of an array have the same slurm section, and names of their own"
+            )
+        axes.append([(key, value) for value in values])
+    name = str(load(source, list(overrides)).config.run.name)
+    for point in itertools.product(*axes):
+        words = [f"{key.rpartition('.')[2]}-{value}" for key, value in point]
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([name, *words])).strip("-.")[:120]
+        fields = [f"{key}={json.dumps(value)}" for key, value in point]
+        yield load(source, [*overrides, *fields, f"run.name={json.dumps(slug)}"])
+
+
+def _parts(made: tuple[RunDir, Config], *, chain: bool) -> Iterator[Part]:
+    """The jobs of a run, in their order."""
+    from sft_dist.jobs.resources import resolve_for_job
+    from sft_dist.jobs.submit import CHAIN, Part
+
+    run, config = made
+    per_gpu = config.slurm.tasks_per_node == "gpu"
+    tasks = resolve_for_job(config).layout.processes_per_node if per_gpu else 1
+    if not chain:
+        yield Part(run, config, tasks_per_node=tasks)
+        return
+    for kind, stages in CHAIN.items():
+        if kind == "train" or getattr(config.evaluate, stages[0]):
+            yield Part(run, config, stages, tasks if kind == "train" else 1, kind)
+
+
+def _dry_parts(
+    sources: Sequence[str], overrides: Sequence[str], array: Sequence[str], *, chain: bool
+) -> Iterator[Part]:
+    from sft_dist.rundir import RunDir, runs_root
+
+    for source in sources:
+        existing = _existing(source)
+        if existing is not None:
+            yield from _parts((existing, _ready_again(existing, [])), chain=chain)
+            continue
+        for loaded in _swept(source, overrides, array) if array else [load(source, list(overrides))]:
+            run = RunDir(runs_root(loaded.config.run.dir) / str(loaded.config.run.name))
+            yield from _parts((run, loaded.config), chain=chain)
+
+
+def _array_folder(first: RunDir, name: str) -> Path:
+    """One folder for the jobs of an array, beside its runs: submitit keeps one for each submission."""
+    return first.path.absolute().parent / ".slurm" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
+    """Say each change of state until all jobs have ended; raises the error of the first run that did not get done."""
+    from sft_dist.jobs.queue import ask_queue
+
+    last: dict[Path, str] = {}
+    gone: float | None = None
+    while True:
+        for run, number in submitted:
+            status = run.read_status()
+            line = " ".join(str(status[name]) for name in ("state", "reason") if status.get(name))
+            if status.get("step"):
+                line += f", step {status['step']} of {status.get('max_steps')}"
+            if last.get(run.path) != line:
+                last[run.path] = line
+                sys.stderr.write(f"{run.name} (job {number}): {line}\n")
+        states = [run.read_status().get("state") for run, _ in submitted]
+        if all(state in ("done", "failed", "stopped") for state in states):
+            break
+        if not local:
+            queue = ask_queue([number for _, number in submitted])
+            alive = [number for number, job in queue.jobs.items() if job.phase != "ended"]
+            gone = (gone or time.monotonic()) if queue.known and not alive else None
+            if gone is not None and time.monotonic() - gone > GONE_S:
+                raise SftDistError("the jobs have left the queue without a word", hint="see slurm/*_log.err of the run")
+        time.sleep(FOLLOW_S)
+    for run, _ in submitted:
+        status = run.read_status()
+        if status.get("state") == "failed":
+            error = SftDistError(str(status.get("reason")))
+            error.exit_code = int(status.get("exit_status") or 1)
+            raise error
+        if status.get("state") == "stopped":
+            raise RunStopped(str(status.get("reason")), hint=f"go on with: sft-dist submit {run.path}")

@@ -1,0 +1,213 @@
+"""What must hold in `slurm`, so that sbatch takes the job and the shell takes every value as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from sft_dist.config.problem import Problem, did_you_mean, shown
+from sft_dist.config.schema import Config
+from sft_dist.config.schema_slurm import SlurmConfig
+
+# Fields whose values stand in the job script's #SBATCH lines.
+SBATCH_TEXTS = ("partition", "account", "qos", "mem", "constraint", "exclude", "nodelist", "reservation")
+# sbatch of SLURM 20.11 to 25.05, without those that fields of the config or sft-dist itself set.
+SBATCH_OPTIONS = frozenset(
+    [
+        "acctg-freq",
+        "batch",
+        "bb",
+        "bbf",
+        "begin",
+        "chdir",
+        "cluster-constraint",
+        "clusters",
+        "comment",
+        "container",
+        "container-id",
+        "contiguous",
+        "core-spec",
+        "cores-per-socket",
+        "cpu-freq",
+        "cpus-per-gpu",
+        "deadline",
+        "delay-boot",
+        "dependency",
+        "distribution",
+        "exclusive",
+        "export",
+        "export-file",
+        "extra",
+        "extra-node-info",
+        "get-user-env",
+        "gid",
+        "gpu-bind",
+        "gpu-freq",
+        "gres",
+        "gres-flags",
+        "hint",
+        "hold",
+        "kill-on-invalid-dep",
+        "licenses",
+        "mail-type",
+        "mail-user",
+        "mcs-label",
+        "mem-bind",
+        "mem-per-cpu",
+        "mem-per-gpu",
+        "mincpus",
+        "network",
+        "nice",
+        "no-kill",
+        "ntasks-per-core",
+        "nodefile",
+        "oom-kill-step",
+        "overcommit",
+        "oversubscribe",
+        "prefer",
+        "priority",
+        "profile",
+        "propagate",
+        "reboot",
+        "requeue",
+        "sockets-per-node",
+        "spread-job",
+        "stepmgr",
+        "switches",
+        "thread-spec",
+        "threads-per-core",
+        "time-min",
+        "tmp",
+        "tres-bind",
+        "tres-per-task",
+        "uid",
+        "use-min-nodes",
+        "wckey",
+    ]
+)
+SET_ELSEWHERE = {
+    **{name.replace("_", "-"): f"slurm.{name}" for name in ("partition", "account", "qos", "time", "nodes", "mem")},
+    **{name: f"slurm.{name.replace('-', '_')}" for name in ("gpus-per-node", "cpus-per-task", "constraint", "exclude")},
+    **{name: f"slurm.{name}" for name in ("nodelist", "reservation")},
+    **dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket"), "slurm.gpus_per_node"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu"), "slurm.tasks_per_node"),
+    "job-name": "run.name",
+    "signal": "slurm.signal_delay_s",
+    "no-requeue": "slurm.max_requeues (0)",
+    "array": "the flag --array of submit",
+    "wait": "the flag --wait of submit",
+    "test-only": "the flag --dry-run of submit",
+}
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
+# SLURM's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes(:seconds).
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?", re.ASCII)
+GPUS = re.compile(r"(?:(?P<kind>[\w.-]+):)?(?P<count>\d+)", re.ASCII)
+DEFAULT_MINUTES = 60
+
+
+def slurm_problems(config: Config) -> Iterator[Problem]:
+    """Each value that sbatch or the shell would refuse or misread, and what contradicts the rest of the config."""
+    for check in (_texts, _amounts, _extra, _environment, _shape):
+        yield from check(config)
+
+
+def minutes(time: str | int | None) -> int | None:
+    """The time limit in whole minutes, rounded up; None if the text is none of SLURM's forms."""
+    if time is None:
+        return DEFAULT_MINUTES
+    match = TIME.fullmatch(str(time).strip())
+    if match is None:
+        return None
+    days, first, second, third = (int(match[name] or 0) for name in ("days", "first", "second", "third"))
+    if match["days"] is not None:
+        seconds = days * 86400 + first * 3600 + second * 60 + third
+    elif match["third"] is not None:
+        seconds = first * 3600 + second * 60 + third
+    else:
+        seconds = first * 60 + second
+    return -(-seconds // 60) or None
+
+
+def gpus_of(slurm: SlurmConfig) -> tuple[str | None, int]:
+    """Kind, None if it is not known, and number of a node's GPUs."""
+    match = GPUS.fullmatch(str(slurm.gpus_per_node or 0))
+    if match is None:
+        return slurm.gpu, 0
+    return slurm.gpu or match["kind"], int(match["count"])
+
+
+def _plain(text: str) -> bool:
+    """Whether a line of shell, or of the job script, can hold `text` in quotes: no line breaks, no control characters."""
+    return text.isprintable() and bool(text.strip())
+
+
+def _texts(config: Config) -> Iterator[Problem]:
+    slurm = config.slurm
+    values = {name: getattr(slurm, name) for name in (*SBATCH_TEXTS, "master_addr", "socket_ifname", "local_scratch")}
+    values |= {f"modules[{number}]": module for number, module in enumerate(slurm.modules)}
+    for name, value in values.items():
+        if value is not None and not _plain(value):
+            yield Problem(f"slurm.{name}", f"{shown(value)} is empty, or holds a line break or a control character")
+    for number, line in enumerate(slurm.setup):
+        if "\0" in line:
+            yield Problem(f"slurm.setup[{number}]", "holds a null character")
+
+
+def _amounts(config: Config) -> Iterator[Problem]:
+    slurm = config.slurm
+    limit = minutes(slurm.time)
+    if limit is None:
+        forms = "minutes, HH:MM:SS, D-HH or D-HH:MM:SS"
+        yield Problem("slurm.time", f"{shown(slurm.time)} is not a time of SLURM's: {forms}")
+    elif slurm.signal_delay_s >= limit * 60:
+        text = f"{slurm.signal_delay_s} is not below slurm.time, {limit} minutes: the run would stop as it starts"
+        yield Problem("slurm.signal_delay_s", text, ("slurm.time",))
+    if slurm.gpus_per_node is not None and GPUS.fullmatch(str(slurm.gpus_per_node)) is None:
+        yield Problem("slurm.gpus_per_node", f"{shown(slurm.gpus_per_node)} is neither a number nor KIND:NUMBER")
+
+
+def _extra(config: Config) -> Iterator[Problem]:
+    for name, value in config.slurm.extra.items():
+        path, option = f"slurm.extra.{name}", name.strip("-").replace("_", "-")
+        if option in SET_ELSEWHERE:
+            yield Problem(path, f"is set by {SET_ELSEWHERE[option]}")
+        elif option not in SBATCH_OPTIONS:
+            if option in (
+                "output",
+                "error",
+                "open-mode",
+                "input",
+                "parsable",
+                "quiet",
+                "verbose",
+                "wrap",
+                "kill-on-bad-exit",
+            ):
+                yield Problem(path, "is set by sft-dist and cannot be changed here")
+            else:
+                yield Problem(path, f"is not an option of sbatch{did_you_mean(option, SBATCH_OPTIONS)}")
+        elif not (value is True or isinstance(value, (int, float)) or (isinstance(value, str) and _plain(value))):
+            yield Problem(path, f"{shown(value)} is no value of an option; give text or a number, or true for none")
+
+
+def _environment(config: Config) -> Iterator[Problem]:
+    for name, value in config.slurm.env.items():
+        path = f"slurm.env.{name}"
+        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII) is None:
+            yield Problem(path, "cannot be the name of an environment variable")
+        elif SECRET.search(name):
+            text = "looks like a secret, and would be written into files; export it where you type submit"
+            yield Problem(path, text)
+        if "\0" in value:
+            yield Problem(path, "holds a null character")
+
+
+def _shape(config: Config) -> Iterator[Problem]:
+    slurm, plan, count = config.slurm, config.parallel.plan, config.parallel.num_processes
+    _, gpus = gpus_of(slurm)
+    if slurm.nodes > 1 and plan in ("cpu", "single"):
+        text = f"{slurm.nodes} contradicts parallel.plan {plan}, which is one process; set parallel.plan=ddp"
+        yield Problem("slurm.nodes", text, ("parallel.plan",))
+    if gpus and count != "auto" and count > gpus:
+        text = f"{count} processes a node, but slurm.gpus_per_node is {gpus}"
+        yield Problem("parallel.num_processes", text, ("slurm.gpus_per_node",))

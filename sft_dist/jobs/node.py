@@ -1,0 +1,123 @@
+"""One task of a job: what submitit starts on each node. It hears the signals, starts the processes, and leaves the marker.
+
+Task 0 starts the process that keeps the record of the attempt (`python -m sft_dist.supervise`), which asks before, trains
+and asks after. The others wait until it says that the training starts, start their share of the workers, and stay until
+task 0 is through: srun ends a step some time after its first task has left.
+
+submitit's own handlers are replaced: they requeue without a save, and ignore SIGTERM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sft_dist.files import read_jsonl, write_text
+from sft_dist.jobs.board import board_of
+from sft_dist.jobs.launcher import PR_SET_PDEATHSIG, Workers, run_share
+from sft_dist.jobs.place import PLACE, Place, find_place
+from sft_dist.rundir import RunDir
+
+POLL_S = 0.1
+LOOK_S = 1.0
+# How long task 0 waits for the others before it ends, and they for it once its word came.
+LEAVE_S = 30.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class NodeJob:
+    """What submitit pickles: importable, and nothing but plain values inside, so that an image's Python can load it."""
+
+    spec: Mapping[str, Any]
+
+    def __call__(self) -> None:
+        heard: list[int] = []
+        for number in SIGNALS:
+            signal.signal(number, _note(heard))
+        os.environ.update(job_environment(self.spec, os.environ))
+        place = find_place(self.spec, os.environ)
+        os.environ[PLACE] = place.to_text()
+        # SystemExit, so that submitit leaves no result: a later look would take it for the end of a requeued job.
+        sys.exit(_lead(place, heard) if place.task == 0 else _follow(place, heard))
+
+
+def job_environment(spec: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
+    """Variables for everything that the task starts; what the user has set stays."""
+    scratch = os.path.expandvars(str(spec.get("local_scratch") or tempfile.gettempdir()))
+    caches = Path(scratch) / f"sft-dist-{os.getuid()}"
+    defaults = {
+        **{str(name): str(value) for name, value in spec.get("env", {}).items()},
+        # On a network file system compilers' caches fail with stale handles, and each process waits for the others.
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        # The agent would kill workers that still save 30 s after a signal.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        "PET_SHUTDOWN_TIMEOUT": "600",
+    }
+    return {name: value for name, value in defaults.items() if name not in env}
+
+
+def _note(heard: list[int]) -> Any:
+    def handler(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    return handler
+
+
+def _lead(place: Place, heard: list[int]) -> int:
+    """Task 0: keep the record by way of a process of its own; exit status 0 if the job did what it was there for."""
+    board, run = board_of(place), RunDir(Path(place.run))
+    before = len(read_jsonl(run.attempts))
+    supervisor = subprocess.Popen([sys.executable, "-m", "sft_dist.supervise", place.run], preexec_fn=_hold_signals)
+    passed_on = 0
+    while supervisor.poll() is None:
+        for number in heard[passed_on:]:
+            passed_on += 1
+            supervisor.send_signal(number)
+        time.sleep(POLL_S)
+    lines = read_jsonl(run.attempts)
+    requeue = len(lines) > before and str(lines[-1].get("decided", "")).startswith("requeue")
+    if requeue and place.marker:
+        write_text(Path(place.marker), place.run)
+    board.say("end")
+    deadline = time.monotonic() + LEAVE_S
+    while len(board.said("left")) < place.tasks - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return 0 if requeue else abs(supervisor.returncode)
+
+
+def _follow(place: Place, heard: list[int]) -> int:
+    """Another task: its share of the workers while task 0 says so. Its exit status is 0: what failed is said otherwise."""
+    board, run = board_of(place), RunDir(Path(place.run))
+    while not (started := board.said("train")) and not board.said("end"):
+        time.sleep(LOOK_S)
+    if started and not board.said("end"):
+        share = Workers(int(started[-1]["processes"]), started[-1].get("threads"))
+        status = run_share(run, share, heard, place)
+        asked = bool(heard) and status == 128 + signal.SIGTERM  # the agent was hit by the signal, too
+        if status != 0 and not asked and not board.said("end"):
+            if run.read_status().get("state") != "failed":
+                reason = f"the processes on {place.nodes[place.node]} ended with exit status {status}"
+                run.write_status(state="failed", reason=reason, exit_status=1)
+            board.say("failed", status=status)
+    while not board.said("end"):
+        time.sleep(LOOK_S)
+    board.say("left")
+    return 0
+
+
+def _hold_signals() -> None:
+    """Before the supervisor starts: signals wait until it can put them on record; it ends with this task."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,99 @@
+"""The job as sbatch gets it: options, and the lines of shell before and after the run. Every value is quoted."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_dist.config.rules_slurm import gpus_of, minutes
+from sft_dist.config.schema import Config
+from sft_dist.config.schema_slurm import SlurmConfig
+from sft_dist.errors import ConfigError
+
+# srun ends a step so long after its first task, if others are still there.
+WAIT_S = 120
+
+
+def sbatch_options(
+    config: Config, folder: Path, *, tasks_per_node: int = 1, nodes: int | None = None, after: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The parameters of submitit's SlurmExecutor; `folder` is where it keeps the job's files.
+
+    Raises ConfigError for a folder whose name sbatch would not take as it is.
+    """
+    check_folder(folder)
+    slurm = config.slurm
+    options: dict[str, Any] = {
+        "job_name": str(config.run.name),
+        "time": minutes(slurm.time),
+        "nodes": nodes or slurm.nodes,
+        "ntasks_per_node": tasks_per_node,
+        "signal_delay_s": slurm.signal_delay_s,
+        "setup": setup_lines(slurm),
+        "teardown": teardown_lines(folder),
+        # A task that fails takes the others with it; one that has left does not keep them.
+        "srun_args": ["--kill-on-bad-exit=1", f"--wait={WAIT_S}"],
+    }
+    for name in ("partition", "account", "qos", "constraint", "exclude", "nodelist", "cpus_per_task"):
+        if getattr(slurm, name) is not None:
+            options[name] = getattr(slurm, name)
+    more: dict[str, Any] = {name: getattr(slurm, name) for name in ("mem", "reservation") if getattr(slurm, name)}
+    if gpus_of(slurm)[1]:
+        more["gpus-per-node"] = str(slurm.gpus_per_node)
+    # Without it some clusters do not requeue a job whose node was lost.
+    more["requeue" if slurm.max_requeues else "no-requeue"] = True
+    if after:
+        more |= {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
+    more |= {name.strip("-").replace("_", "-"): value for name, value in slurm.extra.items()}
+    return {**options, "additional_parameters": more}
+
+
+def check_folder(folder: Path) -> None:
+    """ConfigError for a path in which sbatch sees patterns, or whose line it would break."""
+    text = str(folder)
+    if "%" in text or "\\" in text or "'" in text or not text.isprintable():
+        hint = "choose another run.dir: no %, backslash, single quote or line break in the whole path"
+        raise ConfigError(f"sbatch cannot write logs to {text!r}", hint=hint)
+
+
+def setup_lines(slurm: SlurmConfig) -> list[str]:
+    """What the batch script does before srun; sbatch's own environment is that of whoever submits."""
+    lines = []
+    if slurm.modules:
+        lines.append("type module >/dev/null 2>&1 || . /etc/profile")
+        lines += [f"module load {shlex.quote(name)} || exit 1" for name in slurm.modules]
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if slurm.socket_ifname else ()
+    variables = {**dict.fromkeys(names, slurm.socket_ifname or ""), **slurm.env}
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    # srun of SLURM 22.05 to 23.02 forgets --cpus-per-task: a task would have one CPU.
+    lines.append('[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"')
+    for line in slurm.setup:
+        lines += [*line.splitlines(), '[ "$?" = 0 ] || exit 1']
+    return lines
+
+
+def teardown_lines(folder: Path) -> list[str]:
+    """Requeue on the host, where there is an scontrol, if the job's first task left the marker and nobody cancelled."""
+    marker = f'{shlex.quote(str(folder))}/requeue."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"'
+    return [
+        "rc=$?",
+        f"marker={marker}",
+        'if [ -e "$marker" ] && [ ! -e "$(cat "$marker")/.cancelled" ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$rc"',
+    ]
+
+
+def python_command(folder: Path, python: str) -> str:
+    """What srun starts: submitit's loader of the pickled job."""
+    return f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+
+
+def script_text(options: Mapping[str, Any], folder: Path, python: str) -> str:
+    """The batch script, character by character as submitit writes it. Needs no SLURM."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    return str(_make_sbatch_string(command=python_command(folder, python), folder=folder, **options))

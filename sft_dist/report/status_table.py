@@ -1,0 +1,115 @@
+"""The state of runs for the terminal: a table of all, and the details of one."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.files import moment
+from sft_dist.report.text import NONE, clip, clock, duration, plain, visible
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sft_dist.jobs.status import RunStatus
+
+STYLES = {"running": "green", "queued": "cyan", "lost": "bold red", "failed": "red", "stopped": "yellow", "done": ""}
+MAX_NAME, MAX_WHY = 60, 80
+SHOWN_ATTEMPTS = 5
+
+
+def status_table(statuses: Sequence[RunStatus]) -> Table:
+    """One line a run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    now = datetime.datetime.now(datetime.UTC)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold", min_width=8)
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("job", no_wrap=True)
+    for name in ("nodes", "tries", "GPU h", "heard"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", min_width=10)
+    for status in statuses:
+        table.add_row(
+            _text(status.name, MAX_NAME),
+            Text(status.state, style=STYLES.get(status.state, "")),
+            _steps(status),
+            NONE if status.loss is None else f"{status.loss:.4g}",
+            _short(status.eta_s),
+            _text(status.job_id or NONE, 30),
+            plain(status.nodes),
+            plain(status.attempts or None),
+            _hours(status.gpu_hours),
+            _ago(status, now),
+            _text(_why(status, now), MAX_WHY),
+        )
+    return table
+
+
+def details(status: RunStatus) -> Iterator[str]:
+    """What there is to say about one run beside its line in the table."""
+    record = status.record
+    yield f"directory   {_shown(str(record.run.path), 400)}"
+    if status.verdict.why:
+        yield f"why         {_shown(status.verdict.why, 400)}"
+    if status.verdict.starts is not None:
+        yield f"starts      {clock(status.verdict.starts.isoformat())} (the scheduler's estimate)"
+    yield f"checkpoint  {_shown(plain(record.status.get('checkpoint')), 100)}"
+    for attempt in record.attempts[-SHOWN_ATTEMPTS:]:
+        yield f"attempt     {_attempt(attempt)}"
+    for problem in record.problems:
+        yield f"problem     {_shown(problem, 200)}"
+    yield f"next        {_shown(status.next_command, 400)}"
+
+
+def _attempt(row: Any) -> str:
+    """One line of attempts.jsonl."""
+    start, end = moment(row.get("start")), moment(row.get("end"))
+    took = duration((end - start).total_seconds()) if start and end else NONE
+    where = f"job {plain(row['job_id'])}" if row.get("job_id") is not None else plain(row.get("host"))
+    steps = f"steps {plain(row.get('first_step'))} to {plain(row.get('last_step'))}"
+    parts = [plain(row.get("attempt")), clock(row.get("start")), took, where, steps, plain(row.get("ended"))]
+    parts += [plain(row[name]) for name in ("reason", "decided") if row.get(name)]
+    return _shown("  ".join(parts), 300)
+
+
+def _why(status: RunStatus, now: datetime.datetime) -> str:
+    starts = status.verdict.starts
+    estimate = f"; starts in about {duration((starts - now).total_seconds())}" if starts and starts > now else ""
+    return f"{status.verdict.why}{estimate}"
+
+
+def _steps(status: RunStatus) -> str:
+    if status.step is None:
+        return NONE
+    return f"{status.step}/{status.max_steps}" if status.max_steps else str(status.step)
+
+
+def _hours(hours: float | None) -> str:
+    return NONE if not hours else f"{hours:.2f}" if hours < 100 else f"{hours:,.0f}"
+
+
+def _ago(status: RunStatus, now: datetime.datetime) -> str:
+    heard = status.record.heard
+    return NONE if heard is None else _short((now - heard).total_seconds())
+
+
+def _short(seconds: float | None) -> str:
+    """A span of time in its two largest units, without spaces."""
+    return duration(seconds).replace("min", "m").replace(" ", "") if seconds is not None else NONE
+
+
+def _text(value: str, limit: int) -> Any:
+    """Text in which neither rich's markup nor the terminal's escape codes have an effect."""
+    from rich.text import Text
+
+    return Text(_shown(value, limit))
+
+
+def _shown(value: str, limit: int) -> str:
+    return visible(clip(value, limit)).replace("\n", " ")

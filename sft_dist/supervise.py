@@ -1,0 +1,30 @@
+"""`python -m sft_dist.supervise RUN_DIR`: the process of a job's first task that keeps the record of the attempt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sft_dist.errors import SftDistError, exit_status, explained
+from sft_dist.jobs.place import handed_place
+from sft_dist.logs import log_to_stderr
+from sft_dist.rundir import RunDir
+from sft_dist.stages import run_here
+
+
+def main(arguments: list[str]) -> int:
+    """Do the job's part of the run; the exit status is that of the error, as `sft-dist` gives it."""
+    log_to_stderr()
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m sft_dist.supervise RUN_DIR\n")
+        return 2
+    try:
+        run_here(RunDir(Path(arguments[0])), handed_place())
+    except (SftDistError, OSError) as error:
+        sys.stderr.write(explained(error))
+        return exit_status(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

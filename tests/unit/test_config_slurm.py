@@ -1,0 +1,100 @@
+"""The section `slurm`: times, options, secrets, and cluster profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config.loader import load_config, load_run_config, write_config
+from sft_dist.config.resubmit import with_slurm
+from sft_dist.config.rules_slurm import gpus_of, minutes
+from sft_dist.config.schema_slurm import SlurmConfig
+from sft_dist.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (90, 90),
+        ("90", 90),
+        ("1:30", 2),
+        ("1:30:00", 90),
+        ("2-0", 2880),
+        ("1-12:30", 2190),
+        ("1-00:00:01", 1441),
+        (None, 60),
+    ],
+)
+def test_times(text: str | int | None, expected: int) -> None:
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["1h", "", "0", "1:2:3:4", "-5", "infinite"])
+def test_what_is_no_time(text: str) -> None:
+    assert minutes(text) is None
+
+
+def test_gpus() -> None:
+    assert gpus_of(SlurmConfig(gpus_per_node="h100:8")) == ("h100", 8)
+    assert gpus_of(SlurmConfig(gpus_per_node=4, gpu="l40s")) == ("l40s", 4)
+    assert gpus_of(SlurmConfig()) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("slurm.time=1h", "slurm.time   '1h' is not a time"),
+        ("slurm.partitoin=gpu", "did you mean partition"),
+        ("slurm.extra={mail-typ: END}", "did you mean mail-type"),
+        ("slurm.extra={partition: x}", "is set by slurm.partition"),
+        ("slurm.extra={output: x}", "is set by sft-dist"),
+        ("slurm.extra={comment: [1]}", "no value of an option"),
+        ('slurm.account="a\\nb"', "line break"),
+        ("slurm.env={HF_TOKEN: abc}", "looks like a secret"),
+        ("slurm.env={A-B: c}", "name of an environment variable"),
+        ("slurm.gpus_per_node=many", "neither a number"),
+        ("slurm.signal_delay_s=3600", "the run would stop as it starts"),
+        ("slurm.profile=../x", "is not a name"),
+        ("slurm.profile=nowhere", "there is no slurm/nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_named(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("smoke", [override])
+    assert said in str(caught.value)
+
+
+def test_one_process_has_no_second_node() -> None:
+    with pytest.raises(ConfigError, match=r"contradicts parallel\.plan cpu"):
+        load_config("smoke", ["slurm.nodes=2", "parallel.plan=cpu"])
+
+
+def test_a_profile_lies_below_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    home = tmp_path / "xdg" / "sft-dist" / "profiles"
+    home.mkdir(parents=True)
+    (home / "big.yaml").write_text("partition: gpu\naccount: me\nenv: {A: x}\n")
+    loaded = load_config("smoke", ["slurm.profile=big", "slurm.account=you", "slurm.env.B=y"])
+    slurm = loaded.config.slurm
+    assert (slurm.partition, slurm.account, slurm.env) == ("gpu", "you", {"A": "x", "B": "y"})
+    assert loaded.provenance["slurm.partition"] == f"file {home / 'big.yaml'}"
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "big.yaml").write_text("partition: here\n")
+    assert load_config("smoke", ["slurm.profile=big"]).config.slurm.partition == "here"
+    (tmp_path / "slurm" / "big.yaml").write_text("partition: here\nnode: 2\n")
+    with pytest.raises(ConfigError, match="did you mean nodes"):
+        load_config("smoke", ["slurm.profile=big"])
+    (tmp_path / "slurm" / "big.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold fields"):
+        load_config("smoke", ["slurm.profile=big"])
+
+
+def test_a_run_changes_only_how_it_is_submitted(tmp_path: Path) -> None:
+    config = load_config("smoke", ["slurm.env={A: x}"]).config
+    changed = with_slurm(config, ["slurm.time=2:00:00"])
+    assert (changed.slurm.time, changed.slurm.env, changed.train) == ("2:00:00", {"A": "x"}, config.train)
+    (tmp_path / "config.yaml").write_text(write_config(changed))
+    assert load_run_config(tmp_path) == changed
+    with pytest.raises(ConfigError, match="train   cannot change"):
+        with_slurm(config, ["train.max_steps=3"])

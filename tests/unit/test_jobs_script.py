@@ -1,0 +1,118 @@
+"""The batch script: what it says, and that no value is read as shell. Run by a real bash; needs submitit, no SLURM."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_dist.config.schema import Config
+from sft_dist.errors import ConfigError
+from sft_dist.jobs.script import sbatch_options, script_text, setup_lines
+
+pytest.importorskip("submitit")
+
+HOSTILE = [
+    "a b",
+    "a'b",
+    'a"b',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "$HOME",
+    "\u00fc \u4f60",
+    "a\\b",
+    "*",
+]
+
+
+def config(run: str = "demo", **slurm: Any) -> Config:
+    return Config.model_validate({"run": {"name": run}, "slurm": slurm})
+
+
+def script(folder: Path, **slurm: Any) -> str:
+    return script_text(sbatch_options(config(**slurm), folder), folder, "python")
+
+
+def sbatch_lines(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+
+
+def test_what_is_asked_for_is_in_the_script(tmp_path: Path) -> None:
+    text = script(
+        tmp_path,
+        partition="a,b",
+        nodes=2,
+        gpus_per_node="h100:8",
+        time="1-00:30:00",
+        mem="64G",
+        extra={"mail-type": "END"},
+    )
+    lines = sbatch_lines(text)
+    assert {"partition=a,b", "nodes=2", "gpus-per-node=h100:8", "time=1470", "mem=64G", "mail-type=END"} <= set(lines)
+    assert {"ntasks-per-node=1", "signal=USR2@120", "requeue", "job-name=demo"} <= set(lines)
+    assert "--kill-on-bad-exit=1" in text
+    assert "--wait=" in text
+
+
+def test_no_requeue_if_none_is_wanted(tmp_path: Path) -> None:
+    assert "no-requeue" in sbatch_lines(script(tmp_path, max_requeues=0))
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_hostile_value_reaches_the_job_unread(value: str, tmp_path: Path) -> None:
+    slurm = config(env={"PROBE": value}, modules=(value,), socket_ifname=value).slurm
+    probe = [
+        "module() { printf '%s\\0' \"$2\"; }",
+        *setup_lines(slurm),
+        'printf "%s\\0" "$PROBE" "$NCCL_SOCKET_IFNAME"',
+    ]
+    done = subprocess.run(["bash", "-c", "\n".join(probe)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:3] == [value] * 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_hostile_option_stays_one_line(value: str, tmp_path: Path) -> None:
+    text = script(tmp_path, constraint=value, extra={"comment": value})
+    assert len([line for line in sbatch_lines(text) if line.startswith(("constraint", "comment"))]) == 2
+
+
+@pytest.mark.parametrize("name", ["a%j", "a\\b", "a'b", "a\nb"])
+def test_folders_that_sbatch_misreads_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        script(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("marker", "cancelled", "requeued"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_the_script_requeues_by_the_marker(tmp_path: Path, marker: bool, cancelled: bool, requeued: bool) -> None:
+    """srun and scontrol are stand-ins; the folder's name has a space."""
+    folder, tools, run = tmp_path / "a b", tmp_path / "bin", tmp_path / "my run"
+    for each in (folder, tools, run):
+        each.mkdir()
+    (tools / "srun").write_text("#!/bin/sh\nexit 3\n")
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/asked'\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    if marker:
+        (folder / "requeue.7.1").write_text(str(run))
+    if cancelled:
+        (run / ".cancelled").touch()
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    done = subprocess.run(["bash", "-c", script(folder)], env=env, check=False)
+    assert done.returncode == 3
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else None) == ("requeue 7\n" if requeued else None)
+
+
+def test_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
+    lines = setup_lines(config(setup=("false",)).slurm)
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([*lines, "echo went on"])], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
