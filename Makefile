@@ -11,15 +11,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 # The tests use no network. One thread a process: two xdist workers with two threads each slow each other down.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
-# The folders under tests/ that hold tests, besides the unit tests.
-OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
+# The folders under tests/ that hold tests, besides the unit tests and those that start a SLURM.
+OTHER_TESTS = $(filter-out tests/unit/ tests/slurm/,$(sort $(dir $(wildcard tests/*/test_*.py))))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit lint types refs clean
+.PHONY: help setup demo test unit test-slurm lint types refs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "No GPU? PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the much smaller CPU build of torch."
 
@@ -28,11 +28,14 @@ setup: $(VENV)/.ready ## Create the virtual environment (.venv) with all that th
 demo: $(VENV)/.ready ## Fine-tune the embedded model on a CPU and compare it before and after (runs/demo)
 	$(BIN)/sft-dist train demo --overwrite $(ARGS)
 
-test: unit ## Run all tests, the fast ones first
+test: unit ## Run the tests, the fast ones first
 	$(if $(OTHER_TESTS),$(PYTEST) $(OTHER_TESTS) $(ARGS))
 
 unit: $(VENV)/.ready ## Run the fast tests only
 	$(PYTEST) tests/unit $(ARGS)
+
+test-slurm: $(VENV)/.ready ## Run the tests that start a real SLURM (needs its packages and root: slurm/README.md)
+	$(PYTEST) tests/slurm $(ARGS)
 
 lint: $(VENV)/.ready ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

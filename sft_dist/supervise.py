@@ -18,8 +18,13 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m sft_dist.supervise RUN_DIR\n")
         return 2
+    run = RunDir(Path(arguments[0]))
+    if run.cancelled.exists():  # between the requeue and this start
+        sys.stderr.write(f"run {run.name} was cancelled; go on with: sft-dist submit {run.path}\n")
+        run.write_status(state="stopped", reason="cancelled")
+        return 0
     try:
-        run_here(RunDir(Path(arguments[0])), handed_place())
+        run_here(run, handed_place())
     except (SftDistError, OSError) as error:
         sys.stderr.write(explained(error))
         return exit_status(error)

@@ -53,11 +53,11 @@ def judge(run: RunDir, place: Place, state: str, reason: str | None, number: int
     """`number` is the first signal that was heard, 0 for none; `complete` is whether nothing of the run is left to do."""
     if state == "done":
         return Verdict("done", None, "done") if complete else Verdict("queued", "waits for the next job", "next job")
+    if state == "stopped" and run.cancelled.exists():
+        return Verdict("stopped", reason, "over: it was cancelled")
     if state != "stopped" or number not in NAMES:
         return Verdict(state, reason, "over: " + ("it failed" if state == "failed" else "it was stopped"))
     why = NAMES[signal.Signals(number)]
-    if run.cancelled.exists():
-        return Verdict("stopped", reason, "over: it was cancelled")
     if place.requeues == 0:
         return Verdict("stopped", reason, f"over: {why}, and requeueing is off")
     if place.restart >= place.requeues:

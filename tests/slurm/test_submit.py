@@ -15,7 +15,7 @@ from sft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
     from tests.conftest import RunCli
-    from tests.slurm.conftest import Lab
+    from tests.slurm.conftest import Lab, StartLab
 
 pytestmark = pytest.mark.slurm
 pytest.importorskip("submitit")
@@ -82,19 +82,23 @@ def sacct(lab: Lab, job: str) -> str:
     return lab.run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode")
 
 
-@pytest.mark.parametrize("tasks", ["one", "gpu"])
-def test_two_nodes_train_as_four_processes_here(
-    lab: Lab, submit: Submit, run_cli: RunCli, tmp_path: Path, tasks: str
+def test_two_runs_at_once_train_as_four_processes_here(
+    lab: Lab, submit: Submit, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    run, job = submit("far", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=far", f"slurm.tasks_per_node={tasks}")
+    """Both on the same two nodes: one task a node with torchrun inside, and a task a process."""
+    ways = {
+        name: submit(name, "smoke", *TWO_BY_TWO, *PLAIN, f"run.name={name}", f"slurm.tasks_per_node={name}")
+        for name in ("one", "gpu")
+    }
     here = ("parallel.plan=ddp", "parallel.num_processes=4", "run.name=here")
     assert run_cli("train", "smoke", *here, *PLAIN, env=ENV).returncode == 0
-    lab.wait_for(job, patience=PATIENCE)
-    assert run.read_status()["state"] == "done"
-    assert losses(run) == losses(RunDir(tmp_path / "runs" / "here"))
-    (line,) = read_jsonl(run.attempts)
-    assert (line["job_id"], line["nodes"], line["restart"], line["decided"]) == (job, lab.nodes, 0, "done")
-    assert (run.plan / "job.sbatch").read_text() == next(run.path.glob(f"slurm/{job}_submission.sh")).read_text()
+    for name, (run, job) in ways.items():
+        lab.wait_for(job, patience=PATIENCE)
+        assert run.read_status()["state"] == "done"
+        assert losses(run) == losses(RunDir(tmp_path / "runs" / "here")), name
+        (line,) = read_jsonl(run.attempts)
+        assert (line["job_id"], line["nodes"], line["restart"], line["decided"]) == (job, lab.nodes, 0, "done")
+        assert (run.plan / "job.sbatch").read_text() == next(run.path.glob(f"slurm/{job}_submission.sh")).read_text()
 
 
 def test_preempted_and_out_of_time_it_comes_back_and_finishes(each_lab: Lab, submit: Submit) -> None:
@@ -117,27 +121,37 @@ def test_preempted_and_out_of_time_it_comes_back_and_finishes(each_lab: Lab, sub
     assert run.read_status()["state"] == "done"
 
 
-def test_not_requeued_beyond_the_cap_and_submitted_again(lab: Lab, submit: Submit) -> None:
-    words = ("run.name=once", "train.max_steps=600", "slurm.max_requeues=0")
-    run, job = submit("once", "smoke", *TWO_BY_TWO, *PLAIN, *words)
+def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
+    """Cancelled, submitted again, out of time where nothing may be requeued, submitted again, killed."""
+    run, job = submit("lives", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=lives", "train.max_steps=5000")
     lab.eventually(past_step(run, 2), PATIENCE, job)
-    lab.run("scancel", "--signal=USR2", job)
-    lab.wait_for(job, "FAILED", patience=PATIENCE)
-    assert run.read_status()["state"] == "stopped"
-    run, again = submit("once", "once", "slurm.time=20")
-    lab.wait_for(again, patience=PATIENCE)
-    assert run.read_status()["state"] == "done"
-    assert decisions(run) == ["over: time limit, and requeueing is off", "done"]
-
-
-def test_a_cancelled_run_does_not_come_back(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
-    run, job = submit("gone", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=gone", "train.max_steps=5000")
-    lab.eventually(past_step(run, 2), PATIENCE, job)
-    assert run_cli("cancel", "gone").returncode == 0
+    assert run_cli("cancel", "lives").returncode == 0
     lab.eventually(lambda: lab.job(job)["JobState"] not in ("RUNNING", "COMPLETING"), PATIENCE, job)
     time.sleep(2)
     assert lab.job(job)["JobState"] not in ("PENDING", "RUNNING")
     assert run.read_status()["state"] == "stopped"
+
+    run, job = submit("lives", "lives", "slurm.max_requeues=0")
+    lab.eventually(past_step(run, run.read_status()["step"] + 2), PATIENCE, job)
+    lab.run("scancel", "--signal=USR2", job)
+    lab.wait_for(job, "FAILED", patience=PATIENCE)
+    assert run.read_status()["state"] == "stopped"
+
+    run, job = submit("lives", "lives", "slurm.max_requeues=10")
+    lab.eventually(past_step(run, run.read_status()["step"] + 2), PATIENCE, job)
+    lab.run("pkill", "-KILL", "-n", "-f", f"sft_dist.train {run.path}$")
+    lab.wait_for(job, "FAILED", patience=60)
+    assert run.read_status()["state"] == "failed"
+    assert "SIGKILL" in run.read_status()["reason"]
+
+    rows = read_jsonl(run.attempts)
+    assert [row["decided"] for row in rows] == [
+        "over: it was cancelled",
+        "over: time limit, and requeueing is off",
+        "over: it failed",
+    ]
+    assert rows[1]["first_step"] == rows[0]["last_step"]
+    assert rows[2]["first_step"] == rows[1]["last_step"]
 
 
 def test_a_wrong_config_ends_once_everywhere(lab: Lab, submit: Submit) -> None:
@@ -150,16 +164,6 @@ def test_a_wrong_config_ends_once_everywhere(lab: Lab, submit: Submit) -> None:
     assert time.monotonic() - began < 60
     assert decisions(run) == ["over: it failed"]
     assert "6 processes" in run.read_status()["reason"]
-
-
-def test_a_killed_worker_ends_the_job_on_all_nodes(lab: Lab, submit: Submit) -> None:
-    run, job = submit("killed", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=killed", "train.max_steps=5000")
-    lab.eventually(past_step(run, 2), PATIENCE, job)
-    lab.run("pkill", "-KILL", "-n", "-f", f"sft_dist.train {run.path}$")
-    lab.wait_for(job, "FAILED", patience=60)
-    assert run.read_status()["state"] == "failed"
-    assert "SIGKILL" in run.read_status()["reason"]
-    assert decisions(run) == ["over: it failed"]
 
 
 def test_the_dry_runs_script_is_one_that_sbatch_takes(lab: Lab, run_cli: RunCli, tmp_path: Path) -> None:
@@ -184,8 +188,10 @@ def test_an_array_is_a_run_for_each_value(lab: Lab, submit: Submit, tmp_path: Pa
     assert all(Path(entry["stderr"]).is_file() for entry in jobs)
 
 
-def test_a_chain_asks_trains_and_asks_in_three_jobs(lab: Lab, submit: Submit) -> None:
-    run, job = submit("links", "smoke", *TWO_BY_TWO, "run.name=links", "--chain")
+def test_a_chain_asks_trains_and_asks_in_three_jobs(use_lab: StartLab, submit: Submit) -> None:
+    """On a cluster without accounting."""
+    lab = use_lab("--no-accounting")
+    run, job = submit("links", "smoke", *TWO_BY_TWO, "parallel.num_processes=1", "run.name=links", "--chain")
     lab.wait_for(job, patience=PATIENCE)
     assert run.read_status()["state"] == "done"
     assert decisions(run) == ["next job", "next job", "done"]
