@@ -49,8 +49,9 @@ def main(arguments: list[str]) -> int:
     except MainFailed as error:
         return exit_status(error)
     except RunStopped as error:
-        # A launcher takes any other status for a failure and ends the processes that are still saving.
-        if world.rank == 0:
+        # Whoever holds the attempt says it. A launcher takes any other status for a failure and ends the processes that
+        # are still saving.
+        if world.rank == 0 and not os.environ.get(ATTEMPT_HELD):
             sys.stderr.write(explained(error))
         return 0 if world.launched and not isinstance(error, Interrupted) else exit_status(error)
     except (SftDistError, OSError) as error:

@@ -16,6 +16,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     # TRL 1.16 itself sets the old name, which transformers 5.17 still needs; can go with transformers 6.
     builtin_logging.getLogger("transformers.trainer").addFilter(_not_about_tied_heads)
+    builtin_logging.getLogger("transformers.trainer_utils").addFilter(_not_about_micro_batches)
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
     # transformers 5.23's name for it; torch 2.13's new one does not exist in 2.11.
@@ -31,3 +32,17 @@ def quiet_libraries() -> None:
 def _not_about_tied_heads(record: builtin_logging.LogRecord) -> bool:
     """A tied head is stored once, under the embedding's name; on resume transformers reports it as missing."""
     return "missing keys in the checkpoint model loaded: ['lm_head.weight']" not in record.getMessage()
+
+
+def _not_about_micro_batches(record: builtin_logging.LogRecord) -> bool:
+    """On resume with another micro batch transformers warns of it; the global batch, and with it every step, is the same.
+
+    Of a warning about more than that, the rest stays.
+    """
+    message = record.getMessage()
+    if "do not match the ones in the `trainer_state.json`" not in message:
+        return True
+    head, *differences = message.split("\n")
+    kept = [line for line in differences if not line.strip().startswith("per_device_train_batch_size:")]
+    record.msg, record.args = "\n".join([head, *kept]), ()
+    return bool(kept)

@@ -104,7 +104,7 @@ def test_a_run_is_stopped_and_resumed_from_end_to_end(start: Start, tmp_path: Pa
     code, _, err = finish(first)
     assert code == 75, err
     assert "Traceback" not in err
-    assert err.count(f"sft-dist resume {run.path}") == 1
+    assert err.count(f"sft-dist resume {run.path}") == err.count("stopped by SIGINT at step") == 1
     assert gone(all_of_it)
     status = run.read_status()
     assert status["state"] == "stopped"
