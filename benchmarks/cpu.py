@@ -76,7 +76,7 @@ def compare(options: argparse.Namespace, rows: str) -> dict[str, Any]:
 
 def run_arm(arm: str, model: str, rows: str, steps: int) -> dict[str, Any]:
     """Train a few steps; tokens a second, seconds of each step, loss of the first."""
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.settle import resolve_here
 
     # Before anything imports torch, as `sft-dist train` does it; TRL's arm gets torch as it comes.
     resolved = resolve_here(config_for(model, rows, steps)) if arm == "sft-dist" else None

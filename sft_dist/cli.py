@@ -163,7 +163,7 @@ def evaluate(
     from sft_dist.parallel.resolve import one_process
     from sft_dist.rundir import find_run
     from sft_dist.stages import evaluate_here, report_here
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.settle import resolve_here
 
     found = find_run(run)
     settings = load_run_config(found.config)
@@ -183,7 +183,7 @@ def chat(run: RunArgument) -> None:
 
     found = find_run(run)
     settings = load_run_config(found.config)
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.settle import resolve_here
 
     resolved = resolve_here(one_process(settings))
     from transformers import TextStreamer

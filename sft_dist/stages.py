@@ -61,7 +61,7 @@ def _refuse_launcher() -> None:
 
 def prove_here(config: Config, run: RunDir) -> list[Example]:
     """`prove` for this machine."""
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.settle import resolve_here
 
     return prove(config, run, resolve_here(config))
 
@@ -71,9 +71,9 @@ def prove(config: Config, run: RunDir, resolved: Resolved) -> list[Example]:
 
     Takes seconds and writes only to the cache. Raises ConfigError, PreflightError or DataError, as the run would later.
     """
-    from sft_dist.train.worker import needs_engine
+    from sft_dist.train.settle import needs_packages
 
-    needs_engine(resolved)
+    needs_packages(config, resolved)
     from sft_dist.data.prepare import prepare
     from sft_dist.evaluate.compare import held_out_rows
     from sft_dist.train.adapter import prove_adapter
@@ -97,7 +97,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     """
     from sft_dist.jobs.requeue import settler
     from sft_dist.train.attempt import attempt
-    from sft_dist.train.worker import record_environment, resolve_here
+    from sft_dist.train.settle import needs_packages, record_environment, resolve_here
 
     _refuse_launcher()
     config = load_run_config(run.config)
@@ -110,6 +110,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     with attempt(run, settler(run, place) if place else None) as current:
         current.complete = all(part in parts for part in due if due[part])
         resolved = resolve_here(config, nodes=len(place.nodes) if place else 1)
+        needs_packages(config, resolved)
         record_environment(run, resolved)
         if "before" in parts:
             _evaluate(config, run, resolved, "before")

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         from sft_dist.parallel.resolve import one_process
-        from sft_dist.train.worker import resolve_here
+        from sft_dist.train.settle import resolve_here
 
         run = RunDir(Path(arguments[0]))
         config = load_run_config(run.config)

@@ -67,10 +67,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(argument: str, world: World) -> None:
-    from sft_dist.train.worker import needs_engine, record_environment, resolve_here, train
+    from sft_dist.train.settle import needs_packages, record_environment, resolve_here
+    from sft_dist.train.worker import train
 
-    resolved = resolve_here(_config(argument))
-    needs_engine(resolved)
+    config = _config(argument)
+    resolved = resolve_here(config)
+    needs_packages(config, resolved)
     if resolved.layout.plan.engine != "none" and not world.launched:
         raise ConfigError(
             f"parallel.plan {resolved.plan} is {resolved.layout.world_size} process(es) of a launcher, this is none",

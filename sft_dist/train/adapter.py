@@ -8,13 +8,12 @@ float32 adapters in a bfloat16 model would ask for, buy nothing.
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import ModelConfig
 from sft_dist.config.schema_parallel import LoraConfig
-from sft_dist.errors import CheckpointError, ConfigError, PreflightError
+from sft_dist.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +30,9 @@ RECOMPUTING = "_checkpoint_wrapped_module."
 
 
 def prove_adapter(model: ModelConfig, tokens: RunTokenizer, plan: str) -> None:
-    """Raise PreflightError or ConfigError if the adapter that `model` asks for cannot be made; loads no weights."""
+    """Raise ConfigError if the adapter that `model` asks for cannot be made; loads no weights. Needs PEFT."""
     if model.lora is None:
         return
-    if find_spec("peft") is None:
-        raise PreflightError(
-            "model.lora is set, but the package peft is not installed", hint="pip install 'sft-dist[lora]'"
-        )
-    if model.lora.quantization != "none" and find_spec("bitsandbytes") is None:
-        raise PreflightError(
-            f"model.lora.quantization is {model.lora.quantization}, but the package bitsandbytes is not installed",
-            hint="pip install 'sft-dist[qlora]', or set model.lora.quantization=none",
-        )
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

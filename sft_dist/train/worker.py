@@ -8,25 +8,19 @@ is written by the main one.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
-from sft_dist.errors import CheckpointError, ConfigError, PreflightError, RunStopped, SftDistError
-from sft_dist.files import read_json, write_json, write_text
-from sft_dist.parallel.launch_files import plan_files
+from sft_dist.errors import CheckpointError, ConfigError, RunStopped, SftDistError
+from sft_dist.files import read_json, write_json
 from sft_dist.parallel.machine import this_machine
-from sft_dist.parallel.resolve import Resolved, resolve, with_rows
-from sft_dist.parallel.world import forget_accelerate, nodes_of, this_world
+from sft_dist.parallel.resolve import Resolved, with_rows
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
-from sft_dist.train.cpu import settle_cpu
-from sft_dist.train.environment import environment
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks, tell_deepspeed
+from sft_dist.train.settle import record_environment
 
 if TYPE_CHECKING:
     from sft_dist.data.prepare import Prepared
@@ -130,62 +124,6 @@ def _refine(run: RunDir, config: Config, resolved: Resolved, ledger: dict[str, A
     if refined is not resolved and ranks.is_main:
         record_environment(run, refined, told=resolved.decisions)
     return refined
-
-
-def resolve_here(config: Config, *, nodes: int = 1) -> Resolved:
-    """Decide every `auto` for this process or those that were launched with it, and settle its threads and GPU.
-
-    Must run before torch is imported: it reads the visible GPUs and the threads' settings once. A plan of several
-    processes is only decided here, not settled: its workers do that. `nodes` is how many there are in the job whose
-    workers this process will start.
-    """
-    world = this_world()
-    world = world if world.launched else nodes_of(nodes)
-    resolved = resolve(config, this_machine(), world)
-    if resolved.layout.plan.engine != "none" and not world.launched:
-        return resolved
-    forget_accelerate()
-    if resolved.plan == "single":
-        # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if resolved.use_cpu:
-        settle_cpu()
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if resolved.layout.plan.engine == "fsdp2":
-        # transformers asks for it when it loads: only the main process then reads the weights.
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    import torch
-
-    from sft_dist.train.quiet import quiet_libraries
-
-    quiet_libraries()
-    if not resolved.use_cpu and not torch.cuda.is_available():
-        raise PreflightError(
-            f"nvidia-smi lists a GPU, but this torch ({torch.__version__}) cannot use it",
-            hint="install a CUDA build of torch that fits the driver, or set parallel.plan=cpu",
-        )
-    if resolved.use_cpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(resolved.num_threads)
-    return resolved
-
-
-def needs_engine(resolved: Resolved) -> None:
-    """Raise PreflightError unless the package of the plan's engine is installed."""
-    if resolved.layout.plan.engine == "deepspeed" and find_spec("deepspeed") is None:
-        raise PreflightError(
-            f"parallel.plan is {resolved.plan}, but the package deepspeed is not installed",
-            hint="pip install 'sft-dist[deepspeed]', or choose fsdp2 or ddp, which need nothing else",
-        )
-
-
-def record_environment(run: RunDir, resolved: Resolved, told: Sequence[str] = ()) -> None:
-    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be, but for what was `told`."""
-    write_json(run.env, environment(this_machine(), resolved))
-    for name, text in plan_files(resolved.layout).items():
-        write_text(run.plan / name, text)
-    for line in resolved.decisions:
-        if line not in told:
-            log.info("%s", line)
 
 
 def summary(ledger: dict[str, Any]) -> str:

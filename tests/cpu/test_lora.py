@@ -19,7 +19,8 @@ from sft_dist.errors import ConfigError, PreflightError, RunStopped
 from sft_dist.files import read_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
-from sft_dist.train import adapter
+from sft_dist.train import settle
+from sft_dist.train.__main__ import main
 
 pytest.importorskip("peft", reason="needs the package peft, not installed here (make setup)")
 
@@ -175,7 +176,7 @@ def test_without_merging_only_the_adapter_is_published_and_the_run_can_still_be_
     trained: Callable[..., RunDir], tiny_model_dir: Path
 ) -> None:
     from sft_dist.evaluate.compare import load_for
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.settle import resolve_here
 
     run = trained(
         "model.lora={r: 4, merge: false}", "evaluate.before=true", "evaluate.after=true", "evaluate.questions=[Hi]"
@@ -253,12 +254,22 @@ def test_fsdp2_refuses_new_tokens_of_a_tied_model(new_run: NewRun, without_chatm
     ],
 )
 def test_a_missing_package_is_named_before_the_run_exists(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, missing: str, lora: str, command: str
+    new_run: NewRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: str,
+    lora: str,
+    command: str,
 ) -> None:
-    monkeypatch.setattr(adapter, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr(settle, "find_spec", lambda name: None if name == missing else find_spec(name))
     with pytest.raises(PreflightError, match=f"the package {missing} is not installed") as refused:
         new_run(f"model.lora={lora}")
     assert command in str(refused.value.hint)
+    # A launcher's worker has no such command before it: it says so itself, before it makes the run.
+    Path("mine.yaml").write_text(f"extends: smoke\nmodel: {{lora: {lora}}}\n")
+    assert main(["mine.yaml"]) == 3
+    assert f"the package {missing} is not installed" in capsys.readouterr().err
+    assert not Path("runs/mine").exists()
 
 
 @needs_bitsandbytes
@@ -281,7 +292,7 @@ def test_an_adapter_to_four_bits_is_asked_beside_four_bits(trained: Callable[...
     from bitsandbytes.nn import Linear4bit
 
     from sft_dist.evaluate.compare import load_for
-    from sft_dist.train.worker import resolve_here
+    from sft_dist.train.settle import resolve_here
 
     run = trained("model.lora={r: 4, quantization: nf4, merge: false}")
     config = load_run_config(run.config)

@@ -35,7 +35,8 @@ from sft_dist.rundir import RunDir
 from sft_dist.train import arguments, callbacks, publish, trainer  # noqa: F401
 from sft_dist.train.attempt import attempt, joined
 from sft_dist.train.ranks import Ranks, join, leave
-from sft_dist.train.worker import record_environment, resolve_here, train
+from sft_dist.train.settle import record_environment, resolve_here
+from sft_dist.train.worker import train
 
 
 def main() -> int:

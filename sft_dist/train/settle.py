@@ -1,0 +1,87 @@
+"""Before anything is trained: decide every `auto` for this process, settle what torch reads once, see that nothing is missing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from sft_dist.config.schema import Config
+from sft_dist.errors import PreflightError
+from sft_dist.files import write_json, write_text
+from sft_dist.parallel.launch_files import plan_files
+from sft_dist.parallel.machine import this_machine
+from sft_dist.parallel.resolve import Resolved, resolve
+from sft_dist.parallel.world import forget_accelerate, nodes_of, this_world
+from sft_dist.rundir import RunDir
+from sft_dist.train.cpu import settle_cpu
+from sft_dist.train.environment import environment
+
+log = logging.getLogger(__name__)
+
+
+def resolve_here(config: Config, *, nodes: int = 1) -> Resolved:
+    """Decide every `auto` for this process or those that were launched with it, and settle its threads and GPU.
+
+    Must run before torch is imported: it reads the visible GPUs and the threads' settings once. A plan of several
+    processes is only decided here, not settled: its workers do that. `nodes` is how many there are in the job whose
+    workers this process will start.
+    """
+    world = this_world()
+    world = world if world.launched else nodes_of(nodes)
+    resolved = resolve(config, this_machine(), world)
+    if resolved.layout.plan.engine != "none" and not world.launched:
+        return resolved
+    forget_accelerate()
+    if resolved.plan == "single":
+        # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if resolved.use_cpu:
+        settle_cpu()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if resolved.layout.plan.engine == "fsdp2":
+        # transformers asks for it when it loads: only the main process then reads the weights.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    import torch
+
+    from sft_dist.train.quiet import quiet_libraries
+
+    quiet_libraries()
+    if not resolved.use_cpu and not torch.cuda.is_available():
+        raise PreflightError(
+            f"nvidia-smi lists a GPU, but this torch ({torch.__version__}) cannot use it",
+            hint="install a CUDA build of torch that fits the driver, or set parallel.plan=cpu",
+        )
+    if resolved.use_cpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(resolved.num_threads)
+    return resolved
+
+
+def needs_packages(config: Config, resolved: Resolved) -> None:
+    """Raise PreflightError unless the packages beside the basic ones that the plan and the adapter need are installed."""
+    lora = config.model.lora
+    plan = f"parallel.plan is {resolved.plan}"
+    nf4 = lora is not None and lora.quantization != "none"
+    wanted = (
+        (resolved.layout.plan.engine == "deepspeed", "deepspeed", plan, "or choose fsdp2 or ddp, which need nothing else"),
+        (lora is not None, "peft", "model.lora is set", "or train all weights: model.lora=null"),
+        (nf4, "bitsandbytes", "model.lora.quantization is nf4", "or set model.lora.quantization=none"),
+    )
+    extras = {"deepspeed": "deepspeed", "peft": "lora", "bitsandbytes": "qlora"}
+    for needed, package, why, otherwise in wanted:
+        if needed and find_spec(package) is None:
+            raise PreflightError(
+                f"{why}, but the package {package} is not installed",
+                hint=f"pip install 'sft-dist[{extras[package]}]', {otherwise}",
+            )
+
+
+def record_environment(run: RunDir, resolved: Resolved, told: Sequence[str] = ()) -> None:
+    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be, but for what was `told`."""
+    write_json(run.env, environment(this_machine(), resolved))
+    for name, text in plan_files(resolved.layout).items():
+        write_text(run.plan / name, text)
+    for line in resolved.decisions:
+        if line not in told:
+            log.info("%s", line)

@@ -1,0 +1,63 @@
+"""What is decided and looked for before anything is trained; nothing here imports torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config.loader import write_config
+from sft_dist.config.schema import Config
+from sft_dist.errors import PreflightError
+from sft_dist.files import read_jsonl
+from sft_dist.parallel.machine import Gpu, Machine
+from sft_dist.parallel.resolve import resolve
+from sft_dist.rundir import RunDir
+from sft_dist.stages import run_here
+from sft_dist.train import settle
+
+GPU_NODE = Machine(cpu="x", cores=64, cpu_bf16=False, memory_gib=64.0, gpus=(Gpu("NVIDIA H100", 80.0, 9.0),) * 4)
+ZERO2 = {"plan": "zero2", "num_processes": 2}
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setattr(settle, "find_spec", lambda name: None if name == package else object())
+
+
+@pytest.mark.parametrize(
+    ("package", "tree", "command"),
+    [
+        ("deepspeed", {"parallel": {"plan": "zero2"}}, "sft-dist[deepspeed]"),
+        ("peft", {"model": {"lora": {}}}, "sft-dist[lora]"),
+        ("bitsandbytes", {"model": {"lora": {"quantization": "nf4"}}, "parallel": {"plan": "ddp"}}, "sft-dist[qlora]"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str, tree: dict[str, object], command: str
+) -> None:
+    config = Config.model_validate(tree)
+    resolved = resolve(config, GPU_NODE)
+    without(monkeypatch, "")
+    settle.needs_packages(config, resolved)
+    without(monkeypatch, package)
+    with pytest.raises(PreflightError, match=f"the package {package} is not installed") as refused:
+        settle.needs_packages(config, resolved)
+    assert command in str(refused.value.hint)
+    needs_nothing = Config.model_validate({"parallel": {"plan": "ddp"}})
+    settle.needs_packages(needs_nothing, resolve(needs_nothing, GPU_NODE))
+
+
+def test_a_run_that_goes_on_where_a_package_is_missing_starts_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`resume`, and the nodes of a job, may have another environment than the one in which the run was proven."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run = RunDir(tmp_path / "mine")
+    run.path.mkdir()
+    run.config.write_text(write_config(Config.model_validate({"run": {"name": "mine"}, "parallel": ZERO2})))
+    monkeypatch.setattr(settle, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    with pytest.raises(PreflightError, match="deepspeed is not installed"):
+        run_here(run)
+    assert [row["ended"] for row in read_jsonl(run.attempts)] == ["failed"]
+    assert not run.logs.exists()
