@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
@@ -143,7 +144,12 @@ def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | Non
         return
     if current.stop.heard:
         raise RunStopped(f"stopped by {current.stop.reason} before the first step")
-    raise failure(str(ended.get("reason") or f"the workers ended with exit status {status} and left no word"), 1)
+    how = (
+        f"were killed with torchrun ({signal.Signals(-status).name})"
+        if status < 0
+        else f"ended with exit status {status}"
+    )
+    raise failure(str(ended.get("reason") or f"the workers {how} and left no word"), 1)
 
 
 def _evaluate(config: Config, run: RunDir, resolved: Resolved, when: Literal["before", "after"]) -> None:

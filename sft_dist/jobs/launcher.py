@@ -119,7 +119,7 @@ def _run(
 def run_alone(arguments: list[str]) -> int:
     """Run `python ARGUMENTS` and wait for it; its exit status. It ends with this process, whatever ends that."""
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=STDERR, start_new_session=True, preexec_fn=_end_with_parent
+        [sys.executable, *arguments], stdout=STDERR, start_new_session=True, preexec_fn=end_with_parent
     )
     try:
         while process.poll() is None:
@@ -148,14 +148,14 @@ def children(pid: int) -> list[int]:
 
 def _as_agent() -> None:
     """Before torchrun starts: signals whose default would end it are ignored until a worker sets its own handlers."""
-    _end_with_parent()
+    end_with_parent()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_with_parent() -> None:
-    """SIGTERM to this process when the one that started it is gone, however it went: no training without its record."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Signal `number` to this process when the one that started it is gone, however it went: no training without a record."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _kill(agent: subprocess.Popen[bytes]) -> None:

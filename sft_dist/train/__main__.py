@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from sft_dist.config.loader import load_config, load_run_config, write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, RunStopped, SftDistError, exit_status, explained
 from sft_dist.files import write_json, write_text
-from sft_dist.jobs.launcher import ATTEMPT_HELD
+from sft_dist.jobs.launcher import ATTEMPT_HELD, end_with_parent
 from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.world import World, this_world
 from sft_dist.rundir import RunDir, create_run, runs_root
@@ -39,6 +40,9 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m sft_dist.train RUN_DIR|CONFIG\n")
         return 2
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun ends its workers unless it is killed itself. They would go on beside the ones of the next attempt.
+        end_with_parent(signal.SIGKILL)
     world = World()
     try:
         world = this_world()

@@ -64,7 +64,12 @@ def needs_packages(config: Config, resolved: Resolved) -> None:
     plan = f"parallel.plan is {resolved.plan}"
     nf4 = lora is not None and lora.quantization != "none"
     wanted = (
-        (resolved.layout.plan.engine == "deepspeed", "deepspeed", plan, "or choose fsdp2 or ddp, which need nothing else"),
+        (
+            resolved.layout.plan.engine == "deepspeed",
+            "deepspeed",
+            plan,
+            "or choose fsdp2 or ddp, which need nothing else",
+        ),
         (lora is not None, "peft", "model.lora is set", "or train all weights: model.lora=null"),
         (nf4, "bitsandbytes", "model.lora.quantization is nf4", "or set model.lora.quantization=none"),
     )

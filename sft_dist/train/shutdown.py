@@ -11,6 +11,14 @@ from sft_dist.errors import RunStopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
+# What clusters send ahead of time, and what would end a process that has no handler yet.
+EARLY = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+def hold_early_signals() -> None:
+    """Let SIGUSR1 and SIGUSR2 wait until an attempt is there to put the stop on record (StopRequest.release)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, EARLY)
+
 
 class Interrupted(RunStopped):
     """Stopped outside of the training, where processes do not agree: others may be waiting for this one."""

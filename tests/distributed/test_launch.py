@@ -159,6 +159,20 @@ def test_workers_whose_launcher_is_killed_save_and_end(start: Start, endless: Ru
     assert [damage(path) for _, path in list_checkpoints(endless)] == [None]
 
 
+def test_workers_end_with_an_agent_that_is_killed(start: Start, endless: RunDir) -> None:
+    """The attempt is over and its lock is free: nobody may write to the run any more."""
+    process = start("-m", "sft_dist", "resume", endless.path)
+    until(lambda: step(endless) >= 2, process)
+    (agent,) = children(process.pid)
+    pids = workers(process)
+    os.kill(agent, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 1
+    until(lambda: gone(pids), seconds=5)
+    assert err.rstrip().endswith("the workers were killed with torchrun (SIGKILL) and left no word")
+    assert endless.read_status()["state"] == "failed"
+
+
 def test_what_is_wrong_is_said_once_with_its_exit_status(start: Start, tiny_run: TinyRun, tmp_path: Path) -> None:
     """The main process prepares the rows, while the other one waits for it."""
     rows = tmp_path / "rows.jsonl"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from sft_dist.parallel.resolve import resolve
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
 from sft_dist.train import settle
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 GPU_NODE = Machine(cpu="x", cores=64, cpu_bf16=False, memory_gib=64.0, gpus=(Gpu("NVIDIA H100", 80.0, 9.0),) * 4)
 ZERO2 = {"plan": "zero2", "num_processes": 2}
@@ -61,3 +67,29 @@ def test_a_run_that_goes_on_where_a_package_is_missing_starts_no_process(
         run_here(run)
     assert [row["ended"] for row in read_jsonl(run.attempts)] == ["failed"]
     assert not run.logs.exists()
+
+
+# Python runs it when it starts: the signal comes while the command line is being imported.
+EARLY = """
+import os, signal, sys
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sft_dist.cli":
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Early())
+"""
+
+
+def test_a_signal_before_the_attempt_is_put_on_record(tmp_path: Path, run_cli: RunCli) -> None:
+    """Without a handler SIGUSR1 ends a process, and nobody would know that the run was asked to stop."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY)
+    run = RunDir(tmp_path / "mine")
+    run.path.mkdir()
+    run.config.write_text(write_config(Config.model_validate({"run": {"name": "mine"}, "parallel": ZERO2})))
+    where = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ended = run_cli("resume", run.path, env={"PYTHONPATH": where, "CUDA_VISIBLE_DEVICES": ""})
+    assert ended.returncode == 75, ended.stderr
+    assert [(row["ended"], row["reason"]) for row in read_jsonl(run.attempts)] == [
+        ("stopped", "stopped by SIGUSR1 outside of the training")
+    ]
+    assert run_cli("--help", env={"PYTHONPATH": where}).returncode == -signal.SIGUSR1, "the signal did not come"
