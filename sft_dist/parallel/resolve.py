@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,10 @@ from sft_dist.parallel.world import World
 
 if TYPE_CHECKING:
     from sft_dist.parallel.planner import Choice
+
+TOO_LARGE = "by this estimate it does not fit; `sft-dist plan` says what to change"
+# Decisions that the rows' lengths may still change begin so.
+MEMORY = "memory: "
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,17 @@ def with_rows(config: Config, resolved: Resolved, machine: Machine, ledger: Mapp
 
 
 def _last_word(decisions: tuple[str, ...], before: int) -> tuple[str, ...]:
-    """The decisions without those of the first `before` that a later one replaces (the same field)."""
-    later = {line.partition(" = ")[0] for line in decisions[before:]}
-    kept = [line for line in decisions[:before] if line.partition(" = ")[0] not in later]
+    """The decisions without those of the first `before` that a later one replaces (on the same subject)."""
+    later = {_subject(line) for line in decisions[before:]}
+    kept = [line for line in decisions[:before] if _subject(line) not in later]
+    if "memory" in later:
+        kept = [line for line in kept if line != TOO_LARGE]
     return (*kept, *decisions[before:])
+
+
+def _subject(line: str) -> str:
+    """What a decision is about: the field before ` = `, or the word before the colon."""
+    return re.split(r" = |: ", line, maxsplit=1)[0]
 
 
 def _fitted(
@@ -176,7 +188,7 @@ def _fitted(
         plan, checkpointing = choice.plan, choice.gradient_checkpointing
         micro, accumulation = choice.per_device_train_batch_size, choice.gradient_accumulation_steps
         if not choice.fits:
-            notes.append("by this estimate it does not fit; `sft-dist plan` says what to change")
+            notes.append(TOO_LARGE)
     else:
         if plan == "auto":  # a model that the planner cannot count: shard everything, which needs the least
             plan = "fsdp2" if layout.world_size > 1 else "single"

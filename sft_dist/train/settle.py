@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 from sft_dist.config.schema import Config
@@ -12,7 +11,7 @@ from sft_dist.errors import PreflightError
 from sft_dist.files import write_json, write_text
 from sft_dist.parallel.launch_files import plan_files
 from sft_dist.parallel.machine import this_machine
-from sft_dist.parallel.resolve import Resolved, resolve
+from sft_dist.parallel.resolve import MEMORY, Resolved, resolve
 from sft_dist.parallel.world import forget_accelerate, nodes_of, this_world
 from sft_dist.rundir import RunDir
 from sft_dist.train.cpu import settle_cpu
@@ -82,11 +81,27 @@ def needs_packages(config: Config, resolved: Resolved) -> None:
             )
 
 
-def record_environment(run: RunDir, resolved: Resolved, told: Sequence[str] = ()) -> None:
-    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be, but for what was `told`."""
+def record_environment(run: RunDir, resolved: Resolved) -> None:
+    """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be.
+
+    What memory it takes is said once, by `record_refined`.
+    """
+    _write_environment(run, resolved)
+    for line in resolved.decisions:
+        if not line.startswith(MEMORY):
+            log.info("%s", line)
+
+
+def record_refined(run: RunDir, resolved: Resolved, before: Resolved) -> None:
+    """Once the rows are known: put on record and log what they changed of `before`, and say what memory it takes."""
+    if resolved is not before:
+        _write_environment(run, resolved)
+    for line in resolved.decisions:
+        if line.startswith(MEMORY) or line not in before.decisions:
+            log.info("%s", line)
+
+
+def _write_environment(run: RunDir, resolved: Resolved) -> None:
     write_json(run.env, environment(this_machine(), resolved))
     for name, text in plan_files(resolved.layout).items():
         write_text(run.plan / name, text)
-    for line in resolved.decisions:
-        if line not in told:
-            log.info("%s", line)

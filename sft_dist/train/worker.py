@@ -20,7 +20,7 @@ from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks, tell_deepspeed
-from sft_dist.train.settle import record_environment
+from sft_dist.train.settle import record_refined
 
 if TYPE_CHECKING:
     from sft_dist.data.prepare import Prepared
@@ -121,8 +121,8 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
 def _refine(run: RunDir, config: Config, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
     """What the rows' real lengths change, on record."""
     refined = with_rows(config, resolved, this_machine(), ledger["train"])
-    if refined is not resolved and ranks.is_main:
-        record_environment(run, refined, told=resolved.decisions)
+    if ranks.is_main:
+        record_refined(run, refined, resolved)
     return refined
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,9 +15,9 @@ import pytest
 from sft_dist.config.loader import write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import PreflightError
-from sft_dist.files import read_jsonl
+from sft_dist.files import read_json, read_jsonl
 from sft_dist.parallel.machine import Gpu, Machine
-from sft_dist.parallel.resolve import resolve
+from sft_dist.parallel.resolve import resolve, with_rows
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
 from sft_dist.train import settle
@@ -93,3 +94,34 @@ def test_a_signal_before_the_attempt_is_put_on_record(tmp_path: Path, run_cli: R
         ("stopped", "stopped by SIGUSR1 outside of the training")
     ]
     assert run_cli("--help", env={"PYTHONPATH": where}).returncode == -signal.SIGUSR1, "the signal did not come"
+
+
+def test_what_the_rows_change_is_on_record_and_memory_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With rows of 500,000 tokens layers must be recomputed; the longest one has 200."""
+    monkeypatch.setattr(settle, "environment", lambda machine, resolved: {"decisions": list(resolved.decisions)})
+    caplog.set_level(logging.INFO, logger="sft_dist")
+    tree = {"data": {"max_length": 500000}, "train": {"global_batch_size": 512}, "parallel": {"plan": "fsdp2"}}
+    config, run = Config.model_validate(tree), RunDir(tmp_path)
+    first = resolve(config, GPU_NODE)
+    settle.record_environment(run, first)
+    assert "fsdp_activation_checkpointing: true" in (run.plan / "accelerate.yaml").read_text()
+    assert "memory: " not in caplog.text
+    refined = with_rows(config, first, GPU_NODE, {"longest_row": 200, "tokens": 10000, "rows": 100})
+    settle.record_refined(run, refined, first)
+    assert "fsdp_activation_checkpointing: false" in (run.plan / "accelerate.yaml").read_text()
+    recorded = read_json(run.env)["decisions"]
+    subjects = [line.partition(" = ")[0].partition(": ")[0] for line in recorded]
+    assert len(set(subjects)) == len(subjects), "an earlier decision stands beside the one that replaced it"
+    assert caplog.text.count("memory: ") == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert all(line in said for line in recorded)
+
+
+def test_memory_is_said_where_the_rows_change_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level(logging.INFO, logger="sft_dist")
+    resolved = resolve(Config(), GPU_NODE)
+    settle.record_refined(RunDir(tmp_path), resolved, resolved)
+    assert [record.getMessage()[:8] for record in caplog.records] == ["memory: "]
+    assert not list(tmp_path.iterdir())
