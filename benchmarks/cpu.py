@@ -156,7 +156,7 @@ def build(resolved: Any, model: str, rows: str, steps: int, scratch: str) -> Any
     prepared = prepare(config, tokens.tokenizer, tokens.template, Path(scratch))
     if resolved is None:
         return build_trl(model, prepared.train, steps, scratch)
-    resolved = with_rows(config, resolved, this_machine(), prepared.ledger["train"])
+    resolved = with_rows(resolved, this_machine(), prepared.ledger["train"])
     return build_ours(config, resolved, tokens, prepared, scratch)
 
 

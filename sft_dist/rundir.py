@@ -3,6 +3,7 @@
 runs/NAME/
   config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
   plan/accelerate.yaml  plan/deepspeed.json  the plan's settings, as accelerate and DeepSpeed read them
+  plan/deepspeed_given.json                  the DeepSpeed file of `accelerate launch`, which stands over the plan's settings
   plan/predicted.json  plan/measured.json    what the planner said of GPU memory and time, and what it was
   status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
   attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
@@ -104,6 +105,10 @@ class RunDir:
     @property
     def plan(self) -> Path:
         return self.path / "plan"
+
+    @property
+    def deepspeed_given(self) -> Path:
+        return self.path / "plan" / "deepspeed_given.json"
 
     @property
     def predicted(self) -> Path:

@@ -110,7 +110,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     parts = [part for part in due if due[part] and (place is None or part in place.parts)]
     with attempt(run, settler(run, place) if place else None) as current:
         current.complete = all(part in parts for part in due if due[part])
-        resolved = resolve_here(config, nodes=len(place.nodes) if place else 1)
+        resolved = resolve_here(config, nodes=len(place.nodes) if place else 1, run=run)
         needs_packages(config, resolved)
         record_environment(run, resolved)
         if "before" in parts:

@@ -16,6 +16,7 @@ from pathlib import Path
 from sft_dist.jobs.board import board_of
 from sft_dist.jobs.place import Place
 from sft_dist.parallel.resolve import Resolved
+from sft_dist.parallel.world import accelerate_variables
 from sft_dist.rundir import RunDir
 
 # The run directory, for workers whose launcher keeps the record of the attempt.
@@ -89,7 +90,9 @@ def _run(
     agent_is_worker: bool = False,
 ) -> int:
     """Start `command` and pass signals on to its workers; once `over`, they have a moment to end by themselves."""
-    environment = {**os.environ, **(extra or {}), ATTEMPT_HELD: str(run.path)}
+    strays = accelerate_variables()
+    inherited = {name: value for name, value in os.environ.items() if name not in strays}
+    environment = {**inherited, **(extra or {}), ATTEMPT_HELD: str(run.path)}
     if share.threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(share.threads))
     agent = subprocess.Popen(command, env=environment, stdout=STDERR, start_new_session=True, preexec_fn=_as_agent)

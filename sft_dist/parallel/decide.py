@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
@@ -12,47 +13,50 @@ from sft_dist.parallel.world import World
 
 # bfloat16 arithmetic in the matrix units came with this compute capability (Ampere).
 BF16_GPU_CAPABILITY = 8.0
+# Plans whose checkpoints hold the whole model and optimizer in the same files.
+WHOLE = ("cpu", "single", "ddp")
 
 
-def decide_plan(config: Config, machine: Machine, world: World, notes: list[str]) -> str:
-    """The plan that the config or the launcher names, `auto` where the planner must choose among those for GPUs.
+def decide_plan(
+    config: Config, machine: Machine, world: World, notes: list[str], saved: Mapping[str, Any] | None = None
+) -> str:
+    """The plan that the config names or `saved`, the facts of the checkpoint to go on from, allows; `auto` where the
+    planner must choose among those for GPUs.
 
-    Raises ConfigError where they contradict each other, or where the GPUs are not there.
+    Raises ConfigError where config and launcher contradict each other, or where the GPUs are not there.
     """
-    plan = config.parallel.plan
-    if world.plan is not None and plan not in ("auto", world.plan):
-        raise ConfigError(
-            f"parallel.plan is {plan!r}, but accelerate launch was told {world.plan}",
-            hint=f"leave parallel.plan on auto, or launch with launch/accelerate/{plan}.yaml",
-        )
+    plan: str = config.parallel.plan
+    count = config.parallel.num_processes
     if plan in ("cpu", "single") and world.size > 1:
         raise ConfigError(
             f"parallel.plan is {plan!r}, one process, but the launcher started {world.size}",
             hint="set parallel.plan=ddp (or leave it on auto), or start one process on one node",
         )
-    count = config.parallel.num_processes
-    if (
-        plan not in ("auto", "cpu")
-        and not machine.gpus
-        and not world.launched
-        and (count == "auto" or plan == "single")
-    ):
-        tried = "" if plan == "single" else "; parallel.num_processes=2 tries the plan on the CPU"
+    each = world.local_size if world.launched else count if count != "auto" else max(1, len(machine.gpus))
+    processes = each * world.nodes
+    if plan == "auto" and saved is not None:
+        plan = _goes_on(str(saved["plan"]), processes, machine)
+        notes.append(f"parallel.plan = {plan}: the checkpoint to go on from is one of {saved['plan']}")
+    stated = config.parallel.plan != "auto" or (plan not in ("auto", *WHOLE) and not (saved or {}).get("use_cpu"))
+    if stated and plan != "cpu" and not machine.gpus and (count == "auto" or plan == "single"):
+        tried = "" if plan == "single" else f"; parallel.num_processes={max(2, each)} tries the plan on the CPU"
         raise ConfigError(
             f"parallel.plan is {plan!r}, but no CUDA GPU is visible here",
             hint=f"set parallel.plan=cpu, or run where nvidia-smi lists a GPU (CUDA_VISIBLE_DEVICES may hide it){tried}",
         )
     if plan != "auto":
         return plan
-    if world.plan is not None:
-        notes.append(f"parallel.plan = {world.plan}: accelerate launch was told so")
-        return world.plan
-    processes = world.size if world.launched else count if count != "auto" else max(1, len(machine.gpus))
     if not machine.gpus:
-        processes *= 1 if world.launched else world.nodes
         plan = "ddp" if processes > 1 else "cpu"
         notes.append(f"parallel.plan = {plan}: {processes} process(es), no GPU visible, {machine.cores} CPU core(s)")
     return plan
+
+
+def _goes_on(plan: str, processes: int, machine: Machine) -> str:
+    """The plan of this many processes that can read the checkpoints of `plan`."""
+    if plan not in WHOLE:
+        return plan
+    return "ddp" if processes > 1 else "single" if machine.gpus else "cpu"
 
 
 def decide_processes(config: Config, machine: Machine, world: World, plan: str) -> int:
@@ -82,10 +86,16 @@ def decide_processes(config: Config, machine: Machine, world: World, plan: str) 
     return max(1, len(machine.gpus))  # without a GPU, one process on each of several nodes
 
 
-def decide_dtype(config: Config, machine: Machine, use_cpu: bool, notes: list[str]) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the hardware computes in it."""
+def decide_dtype(
+    config: Config, machine: Machine, use_cpu: bool, notes: list[str], saved: Mapping[str, Any] | None = None
+) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the hardware computes in it; what the checkpoint to go on from has."""
     if config.model.dtype != "auto":
         return config.model.dtype
+    if saved is not None:
+        found: Literal["float32", "bfloat16"] = "bfloat16" if saved["dtype"] == "bfloat16" else "float32"
+        notes.append(f"model.dtype = {found}: the checkpoint to go on from has it")
+        return found
     if use_cpu:
         fast, unit = machine.cpu_bf16, "the CPU multiplies bfloat16 in hardware"
     else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from sft_dist.parallel.accelerate_file import accelerate_config, as_yaml
+from sft_dist.parallel.deepspeed_file import deepspeed_settings
 from sft_dist.parallel.plans import BYTES, PLANS, Layout, Plan, Rendered, command, deepspeed_config, fsdp_config
 
 PROCESSES = 8
@@ -175,12 +177,15 @@ def _settings(rendered: dict[str, Rendered]) -> str:
     return "\n".join(lines)
 
 
-def plan_files(layout: Layout) -> dict[str, str]:
-    """Name -> text of what a run's plan/ folder holds of its settings, as its own files for `accelerate launch`."""
+def plan_files(layout: Layout, given: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Name -> text of what a run's plan/ folder holds of its settings, as its own files for `accelerate launch`.
+
+    `given` is the DeepSpeed file that the run was launched with.
+    """
     head = (
         f"{layout.plan.name} on {layout.nodes} node(s) of {layout.processes_per_node} process(es), as this run has it."
     )
     files = {"accelerate.yaml": as_yaml(accelerate_config(layout), head)}
     if layout.plan.engine == "deepspeed":
-        files["deepspeed.json"] = json.dumps(deepspeed_config(layout).tree(), indent=2) + "\n"
+        files["deepspeed.json"] = json.dumps(deepspeed_settings(layout, given or {}), indent=2) + "\n"
     return files

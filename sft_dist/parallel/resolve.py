@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.parallel.batch import check_share, share_rows
-from sft_dist.parallel.compiling import VARLEN
 from sft_dist.parallel.decide import (
     decide_attention,
     decide_compiled,
@@ -22,92 +20,47 @@ from sft_dist.parallel.decide import (
 )
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.plans import PLANS, Layout
+from sft_dist.parallel.resolved import Resolved
+from sft_dist.parallel.told import Told, accumulated, adopt, value_of, with_values
 from sft_dist.parallel.world import World
 
 if TYPE_CHECKING:
     from sft_dist.parallel.planner import Choice
+
+__all__ = ["MEMORY", "Resolved", "one_process", "resolve", "with_rows"]
 
 TOO_LARGE = "by this estimate it does not fit; `sft-dist plan` says what to change"
 # Decisions that the rows' lengths may still change begin so.
 MEMORY = "memory: "
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """The values that `auto` stands for, and one line on each decision."""
-
-    layout: Layout
-    dtype: Literal["float32", "bfloat16"]
-    attn_implementation: str
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    compile_layers: bool
-    num_threads: int
-    """Threads of one process on the CPU."""
-    decisions: tuple[str, ...]
-    given: Mapping[str, Any] = field(default_factory=dict)
-    """The DeepSpeed file that the user launched with; what it sets stands."""
-
-    @property
-    def plan(self) -> str:
-        return self.layout.plan.name
-
-    @property
-    def use_cpu(self) -> bool:
-        return self.layout.use_cpu
-
-    @property
-    def loading_dtype(self) -> str:
-        """The type in which the weights are read: FSDP2's shards are the float32 masters themselves."""
-        return "float32" if self.layout.plan.engine == "fsdp2" else self.dtype
-
-    @property
-    def padding_free(self) -> bool:
-        """Whether a batch is one long row without padding, its documents told apart by their lengths."""
-        return self.attn_implementation == VARLEN
-
-    def facts(self) -> dict[str, Any]:
-        """The values as JSON, without the decisions."""
-        values = {name: getattr(self, name) for name in _PLAIN}
-        layout = {name: getattr(self.layout, name) for name in _LAYOUT}
-        return {"plan": self.plan, **layout, **values}
+# What a share of the rows depends on.
+_SHARED = ("world_size", "use_cpu", "sequence_parallel_size")
 
 
-_PLAIN = (
-    "dtype",
-    "attn_implementation",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "compile_layers",
-    "num_threads",
-)
-_LAYOUT = (
-    "nodes",
-    "processes_per_node",
-    "world_size",
-    "use_cpu",
-    "offload",
-    "hybrid_shard",
-    "sequence_parallel_size",
-)
-
-
-def resolve(config: Config, machine: Machine, world: World | None = None) -> Resolved:
+def resolve(
+    config: Config,
+    machine: Machine,
+    world: World | None = None,
+    saved: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Resolved:
     """Decide every `auto` for `machine`, or for the processes of `world` where a launcher started some.
 
-    Raises ConfigError where the config asks for what is not there.
+    `saved` are the facts of the checkpoint that the run goes on from, which stand where nothing else is said; `given` is
+    the DeepSpeed file that it was launched with before. Raises ConfigError where the config asks for what is not there.
     """
     world = world or World()
+    told = world.told or Told(deepspeed=given or {})
     notes: list[str] = []
-    plan = decide_plan(config, machine, world, notes)
+    asked, adopted = adopt(config, told, notes)
+    plan = decide_plan(asked, machine, world, notes, saved)
     use_cpu = plan == "cpu" or not machine.gpus
-    processes = decide_processes(config, machine, world, plan)
-    dtype = decide_dtype(config, machine, use_cpu, notes)
-    attention = decide_attention(config, machine, use_cpu, dtype, notes)
-    compiled = decide_compiled(config, use_cpu, attention, notes)
-    parallel = config.parallel
+    processes = decide_processes(asked, machine, world, plan)
+    dtype = decide_dtype(asked, machine, use_cpu, notes, saved)
+    attention = decide_attention(asked, machine, use_cpu, dtype, notes)
+    compiled = decide_compiled(asked, use_cpu, attention, notes)
+    parallel = asked.parallel
     layout = Layout(
         PLANS["cpu" if plan == "auto" else plan],
         nodes=world.nodes,
@@ -122,28 +75,53 @@ def resolve(config: Config, machine: Machine, world: World | None = None) -> Res
         sequence_parallel_size=parallel.sequence_parallel_size,
     )
     threads = max(1, machine.cores // processes)
-    undecided = Resolved(layout, dtype, attention, 1, 1, False, compiled, threads, tuple(notes), world.deepspeed or {})
-    resolved = _fitted(config, undecided, machine, plan)
-    _refuse_combinations(config, resolved)
+    undecided = Resolved(asked, layout, dtype, attention, 1, 1, False, compiled, threads, tuple(notes), adopted=adopted)
+    resolved = _on_record(undecided, machine, plan, told, saved)
+    if resolved.layout.plan.engine == "deepspeed":
+        resolved = dataclasses.replace(resolved, given=told.deepspeed)
+    _refuse_combinations(resolved)
     return resolved
 
 
-def _refuse_combinations(config: Config, resolved: Resolved) -> None:
+def _on_record(
+    resolved: Resolved, machine: Machine, plan: str, told: Told, saved: Mapping[str, Any] | None
+) -> Resolved:
+    """`resolved` with all that depends on how the rows are shared.
+
+    With as many processes as before the micro batch and gradient checkpointing of the checkpoint stand where they are
+    `auto`, so that the run goes on bit for bit, unless they do not fit on this hardware.
+    """
+    layout, config, notes = resolved.layout, resolved.config, list(resolved.decisions)
+    check_share(config, layout)
+    config = accumulated(config, told, layout.data_parallel_size, notes)
+    now = {name: getattr(layout, name) for name in _SHARED}
+    same = saved is not None and {name: saved.get(name) for name in _SHARED} == now
+    again = {
+        name: saved[name.partition(".")[2]]
+        for name in ("train.per_device_train_batch_size", "train.gradient_checkpointing")
+        if saved is not None and same and value_of(config, name) == "auto"
+    }
+    lines = [f"{name} = {value}: the checkpoint to go on from has it" for name, value in again.items()]
+    pinned = dataclasses.replace(
+        resolved, config=with_values(config, again), decisions=_last_word((*notes, *lines), len(notes))
+    )
+    if again and TOO_LARGE not in (fitted := _fitted(pinned, machine, plan)).decisions:
+        return fitted
+    return _fitted(dataclasses.replace(resolved, config=config, decisions=tuple(notes)), machine, plan)
+
+
+def _refuse_combinations(resolved: Resolved) -> None:
     """ConfigError if what `auto` was decided to be cannot be combined with the rest; the loader knew no plan yet."""
+    config = resolved.config
     if config.parallel.plan != "auto":
         return
-    decided = config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(update={"plan": resolved.plan}),
-            "train": config.train.model_copy(update={"gradient_checkpointing": resolved.gradient_checkpointing}),
-        }
-    )
-    problems = [problem.line for problem in parallel_problems(decided)]
+    values = {"parallel.plan": resolved.plan, "train.gradient_checkpointing": resolved.gradient_checkpointing}
+    problems = [problem.line for problem in parallel_problems(with_values(config, values))]
     if problems:
         raise ConfigError(f"parallel.plan = {resolved.plan} was chosen here, and", problems=problems)
 
 
-def with_rows(config: Config, resolved: Resolved, machine: Machine, ledger: Mapping[str, Any]) -> Resolved:
+def with_rows(resolved: Resolved, machine: Machine, ledger: Mapping[str, Any]) -> Resolved:
     """`resolved` once the rows are tokenised, whose counts `ledger` holds (`longest_row`, `tokens`, `rows`).
 
     What is `auto` and rests on the rows' length (micro batch, gradient checkpointing) then follows from the longest row
@@ -151,7 +129,7 @@ def with_rows(config: Config, resolved: Resolved, machine: Machine, ledger: Mapp
     """
     longest, mean = int(ledger["longest_row"]), ledger["tokens"] / max(1, ledger["rows"])
     before = len(resolved.decisions)
-    refined = _fitted(config, resolved, machine, resolved.plan, longest, mean)
+    refined = _fitted(resolved, machine, resolved.plan, longest, mean)
     same = refined.facts() == resolved.facts()
     return resolved if same else dataclasses.replace(refined, decisions=_last_word(refined.decisions, before))
 
@@ -171,18 +149,13 @@ def _subject(line: str) -> str:
 
 
 def _fitted(
-    config: Config,
-    resolved: Resolved,
-    machine: Machine,
-    plan: str,
-    longest: int | None = None,
-    mean: float | None = None,
+    resolved: Resolved, machine: Machine, plan: str, longest: int | None = None, mean: float | None = None
 ) -> Resolved:
     """`resolved` with plan, gradient checkpointing and micro batch decided: on GPUs by the planner."""
-    layout, notes = resolved.layout, list(resolved.decisions)
+    config, layout, notes = resolved.config, resolved.layout, list(resolved.decisions)
     check_share(config, layout)
     asked = config.train.gradient_checkpointing
-    choice = None if layout.use_cpu else _choice(config, resolved, machine, plan, longest, mean)
+    choice = None if layout.use_cpu else _choice(resolved, machine, plan, longest, mean)
     if choice is not None:
         notes += choice.lines
         plan, checkpointing = choice.plan, choice.gradient_checkpointing
@@ -208,15 +181,13 @@ def _fitted(
     )
 
 
-def _choice(
-    config: Config, resolved: Resolved, machine: Machine, plan: str, longest: int | None, mean: float | None
-) -> Choice | None:
+def _choice(resolved: Resolved, machine: Machine, plan: str, longest: int | None, mean: float | None) -> Choice | None:
     """What the planner chooses for the resolved processes; None for a model that it cannot count."""
     from sft_dist.parallel.hardware import gpu_model
     from sft_dist.parallel.planner import choose
 
     layout = resolved.layout
-    fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update={"plan": plan})})
+    fixed = with_values(resolved.config, {"parallel.plan": plan})
     gpu = gpu_model(machine.gpus[0])
     try:
         return choose(

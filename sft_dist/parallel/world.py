@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from sft_dist.errors import ConfigError
-from sft_dist.files import read_json
+from sft_dist.parallel.told import Told, is_told, read_told
 
-# What `accelerate launch` tells its processes; the plan is read from it once, then sft-dist sets everything itself.
-ACCELERATE_SWITCHES = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-    "ACCELERATE_DYNAMO_BACKEND",
+log = logging.getLogger(__name__)
+# What accelerate reads, in these processes and in `accelerate launch`.
+OF_ACCELERATE = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "FP8_")
+# Of these, what changes nothing of a training: logging, and where a process's threads run.
+HARMLESS = (
+    "ACCELERATE_LOG_LEVEL",
+    "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_DISABLE_RICH",
+    "ACCELERATE_ENABLE_RICH",
+    "ACCELERATE_CPU_AFFINITY",
 )
 
 
@@ -30,11 +31,9 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     launched: bool = False
-    """Whether a launcher started this process at all, be it as the only one."""
-    plan: str | None = None
-    """The sharded plan that `accelerate launch` was told, None if it was told none."""
-    deepspeed: Mapping[str, Any] | None = None
-    """The DeepSpeed config file that `accelerate launch` was given."""
+    """Whether a launcher started this process as one that meets others, be it as the only one."""
+    told: Told | None = None
+    """What `accelerate launch` said, None if it did not start this process."""
 
     @property
     def nodes(self) -> int:
@@ -46,61 +45,42 @@ def nodes_of(count: int) -> World:
     return World(size=count)
 
 
-def this_world() -> World:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and accelerate's variables.
+def this_world(*, worker: bool = False) -> World:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and, for a worker, what `accelerate launch` told it.
 
-    Raises ConfigError where accelerate was asked for FSDP 1, and for processes that differ in number between nodes.
+    Raises ConfigError where accelerate was told what cannot be done here, and for processes that differ in number
+    between nodes.
     """
     env = os.environ
     launched = "LOCAL_RANK" in env and "WORLD_SIZE" in env
+    told = worker and is_told(env)
     if not launched:
-        return World()
+        return World(told=read_told(env, 1, launched=False) if told else None)
     size, local = int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
     if size % local:
         raise ConfigError(
             f"{size} processes, {local} of them on this node: every node needs as many",
             hint="start the same number of processes on each node",
         )
-    plan, deepspeed = _accelerate_plan()
-    return World(size, int(env.get("RANK", "0")), int(env["LOCAL_RANK"]), local, True, plan, deepspeed)
+    said = read_told(env, size, launched=True) if told else None
+    return World(size, int(env.get("RANK", "0")), int(env["LOCAL_RANK"]), local, True, said)
 
 
-def forget_accelerate() -> None:
-    """Take accelerate's switches out of the environment: they would be applied a second time, over ours."""
-    for name in ACCELERATE_SWITCHES:
-        os.environ.pop(name, None)
+def accelerate_variables() -> list[str]:
+    """Names of the variables of this environment that accelerate would obey."""
+    return sorted(name for name in os.environ if name.startswith(OF_ACCELERATE) and name not in HARMLESS)
 
 
-def _accelerate_plan() -> tuple[str | None, dict[str, Any] | None]:
-    env = os.environ
-    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        path = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        tree = _deepspeed_file(path) if path.lower() != "none" else None
-        stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if tree is not None:
-            stage = str(tree.get("zero_optimization", {}).get("stage", 0))
-        if stage not in ("1", "2", "3"):
-            raise ConfigError(
-                f"accelerate launch asks for DeepSpeed ZeRO stage {stage}",
-                hint="use stage 1, 2 or 3, as in launch/accelerate/zero2.yaml; without sharding take ddp.yaml",
-            )
-        return f"zero{stage}", tree
-    if env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if env.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError(
-                "accelerate launch asks for FSDP 1, which PyTorch no longer develops",
-                hint="set fsdp_version: 2 in its config, as in launch/accelerate/fsdp2.yaml",
-            )
-        return "fsdp2", None
-    return None, None
+def forget_accelerate(told: Told | None) -> None:
+    """Take accelerate's variables out of the environment: they would be applied a second time, beside our settings.
 
-
-def _deepspeed_file(path: str) -> dict[str, Any]:
-    hint = "its path is relative to the folder in which accelerate launch was typed"
-    try:
-        tree = read_json(Path(path))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"the DeepSpeed file {path} cannot be read: {error}", hint=hint) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"the DeepSpeed file {path} is missing, or it holds no JSON object", hint=hint)
-    return tree
+    Those that no `accelerate launch` has set are named in one warning: nothing here has obeyed them.
+    """
+    names = accelerate_variables()
+    for name in names:
+        del os.environ[name]
+    if told is None and names:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        log.warning("%s: set without accelerate launch, and ignored; the plan is parallel.plan", shown)
+    for line in () if told is None else told.unused:
+        log.warning("%s", line)

@@ -7,15 +7,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sft_dist.config.loader import load_config, load_run_config, write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, RunStopped, SftDistError, exit_status, explained
-from sft_dist.files import write_json, write_text
+from sft_dist.files import read_json, write_json, write_text
 from sft_dist.jobs.launcher import ATTEMPT_HELD, end_with_parent
 from sft_dist.logs import log_to_stderr
+from sft_dist.parallel.resolve import Resolved
+from sft_dist.parallel.told import with_values
 from sft_dist.parallel.world import World, this_world
 from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train.attempt import Attempt, attempt, joined
@@ -23,14 +26,19 @@ from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
 from sft_dist.train.shutdown import Interrupted, StopRequest
 
 
-def open_run(argument: str) -> RunDir:
-    """The run directory at `argument`, or a new one for the config that it names."""
-    if RunDir(Path(argument)).config.is_file():
-        return RunDir(Path(argument))
-    loaded = load_config(argument)
-    run = create_run(runs_root(loaded.config.run.dir), str(loaded.config.run.name))
-    write_text(run.config, write_config(loaded.config))
-    write_json(run.provenance, loaded.provenance)
+def open_run(argument: str, adopted: Mapping[str, Any]) -> RunDir:
+    """The run directory at `argument`, or a new one for the config that it names, with the `adopted` fields on record."""
+    run = RunDir(Path(argument))
+    if run.config.is_file():
+        config, provenance = load_run_config(run.config), read_json(run.provenance) or {}
+        if not adopted:
+            return run
+    else:
+        loaded = load_config(argument)
+        run = create_run(runs_root(loaded.config.run.dir), str(loaded.config.run.name))
+        config, provenance = loaded.config, loaded.provenance
+    write_text(run.config, write_config(with_values(config, adopted)))
+    write_json(run.provenance, {**provenance, **dict.fromkeys(adopted, "accelerate launch")})
     return run
 
 
@@ -45,7 +53,7 @@ def main(arguments: list[str]) -> int:
         end_with_parent(signal.SIGKILL)
     world = World()
     try:
-        world = this_world()
+        world = this_world(worker=True)
         if world.rank:
             logging.getLogger().setLevel(logging.ERROR)
         with StopRequest():  # libraries load for seconds: whoever asks for a stop meanwhile gets no traceback
@@ -71,19 +79,24 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(argument: str, world: World) -> None:
-    from sft_dist.train.settle import needs_packages, record_environment, resolve_here
+    from sft_dist.train.settle import as_main, needs_packages, record_environment, resolve_here
     from sft_dist.train.worker import train
 
-    config = _config(argument)
-    resolved = resolve_here(config)
-    needs_packages(config, resolved)
+    resolved = resolve_here(_config(argument), run=RunDir(Path(argument)), world=world)
+    needs_packages(resolved.config, resolved)
     if resolved.layout.plan.engine != "none" and not world.launched:
         raise ConfigError(
             f"parallel.plan {resolved.plan} is {resolved.layout.world_size} process(es) of a launcher, this is none",
             hint=f"start it with: sft-dist train {argument}, or torchrun --nproc-per-node N -m sft_dist.train {argument}",
         )
+    if resolved.given:
+        from sft_dist.train.deepspeed_keys import check_deepspeed
+
+        check_deepspeed(resolved.given)
     ranks = join(world, use_cpu=resolved.use_cpu)
-    run = _open_together(argument, ranks)
+    mine = resolved
+    resolved = as_main(ranks, lambda: mine, mine.num_threads)
+    run = _open_together(argument, resolved, ranks)
     with _entered(run, ranks) as current:
         if ranks.is_main and not os.environ.get(ATTEMPT_HELD):
             record_environment(run, resolved)
@@ -95,11 +108,11 @@ def _config(argument: str) -> Config:
     return load_run_config(run.config) if run.config.is_file() else load_config(argument).config
 
 
-def _open_together(argument: str, ranks: Ranks) -> RunDir:
+def _open_together(argument: str, resolved: Resolved, ranks: Ranks) -> RunDir:
     """The main process opens or makes the run; the others learn which one."""
 
     def opened() -> RunDir:
-        run = open_run(argument)
+        run = open_run(argument, resolved.adopted)
         if (run.model / "DONE").is_file():
             hint = "train under another run.name"
             raise ConfigError(f"run {run.name} is done, its model is in {run.model}", hint=hint)

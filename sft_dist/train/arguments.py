@@ -9,7 +9,8 @@ from trl import SFTConfig
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
-from sft_dist.parallel.plans import deepspeed_config, fsdp_config, parallelism_config
+from sft_dist.parallel.deepspeed_file import deepspeed_settings
+from sft_dist.parallel.plans import fsdp_config, parallelism_config
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
 
@@ -52,7 +53,7 @@ def _engine_arguments(resolved: Resolved) -> dict[str, Any]:
     # The decoder layers hold no buffers that training changes, and every parameter is used in every step.
     arguments |= {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
     if engine == "deepspeed":
-        arguments["deepspeed"] = _merged(deepspeed_config(layout).tree(), resolved.given)
+        arguments["deepspeed"] = deepspeed_settings(layout, resolved.given)
     mesh = parallelism_config(layout).tree()
     if mesh:
         arguments["parallelism_config"] = _mesh(mesh, resolved.attn_implementation)
@@ -79,16 +80,6 @@ def _accelerator_config(resolved: Resolved) -> dict[str, Any]:
         # Each micro batch's gradients are reduced at once: kept whole they would take as much as no sharding at all.
         settings["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
     return settings
-
-
-def _merged(ours: dict[str, Any], given: Any) -> dict[str, Any]:
-    """`ours`, overlaid with the DeepSpeed file that the user launched with."""
-    merged = dict(ours)
-    for name, value in given.items():
-        merged[name] = (
-            _merged(ours[name], value) if isinstance(ours.get(name), dict) and isinstance(value, dict) else value
-        )
-    return merged
 
 
 def _plain_arguments(config: Config, resolved: Resolved, run: RunDir, *, has_eval: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,16 @@ def newest_complete(run: RunDir) -> tuple[Path | None, list[str]]:
         path.rename(aside)
         torn.append(f"{path.name}: {problem}; set aside as {aside.name}")
     return None, torn
+
+
+def newest_facts(run: RunDir) -> dict[str, Any] | None:
+    """What the newest checkpoint that has a manifest says of how it was trained; None without one. Hashes nothing."""
+    for _, path in list_checkpoints(run):
+        with contextlib.suppress(ValueError):
+            manifest = read_json(path / MANIFEST)
+            if isinstance(manifest, dict) and manifest.keys() >= {"plan", "dtype"}:
+                return manifest
+    return None
 
 
 def rotate(run: RunDir, keep: int) -> None:

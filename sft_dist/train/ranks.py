@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sft_dist.errors import SftDistError, exit_status
+from sft_dist.errors import PreflightError, SftDistError, exit_status
 from sft_dist.parallel.world import World
 
 if TYPE_CHECKING:
@@ -92,18 +93,39 @@ class Ranks:
 
 
 def join(world: World, *, use_cpu: bool) -> Ranks:
-    """Meet the other processes of `world`; a process that no launcher started is alone."""
+    """Meet the other processes of `world`; a process that no launcher started is alone.
+
+    Raises PreflightError on a process that computes on another kind of device than the main one.
+    """
     if not world.launched:
         return Ranks()
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
         if not use_cpu:
             torch.cuda.set_device(world.local_rank)
+        store, rank, size = next(rendezvous("env://"))
+        _on_one_kind_of_device(store, world, use_cpu=use_cpu)
         # Both backends: FSDP's offload to the host and DeepSpeed's checkpoints also talk about tensors on the CPU.
-        dist.init_process_group("gloo" if use_cpu else "cpu:gloo,cuda:nccl")
+        backend = "gloo" if use_cpu else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Ranks(world.rank, world.size, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _on_one_kind_of_device(store: Any, world: World, *, use_cpu: bool) -> None:
+    """PreflightError unless the main process computes on the same kind: the processes would wait for each other in vain."""
+    mine = "the CPU" if use_cpu else "GPUs"
+    if world.rank == 0:
+        store.set("sft_dist/device", f"{mine}@{socket.gethostname()}")
+        return
+    theirs, _, host = store.get("sft_dist/device").decode().partition("@")
+    if theirs != mine:
+        raise PreflightError(
+            f"the main process (on {host}) computes on {theirs}, but this one (on {socket.gethostname()}) on {mine}",
+            hint="look at nvidia-smi and CUDA_VISIBLE_DEVICES on both, or set parallel.plan=cpu",
+        )
 
 
 def tell_deepspeed(*, use_cpu: bool) -> None:

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import PreflightError
-from sft_dist.files import write_json, write_text
+from sft_dist.files import read_json, write_json, write_text
 from sft_dist.parallel.launch_files import plan_files
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import MEMORY, Resolved, resolve
-from sft_dist.parallel.world import forget_accelerate, nodes_of, this_world
+from sft_dist.parallel.world import World, forget_accelerate, nodes_of, this_world
 from sft_dist.rundir import RunDir
+from sft_dist.train.checkpoint import newest_facts
 from sft_dist.train.cpu import settle_cpu
 from sft_dist.train.environment import environment
+from sft_dist.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 
-def resolve_here(config: Config, *, nodes: int = 1) -> Resolved:
+def resolve_here(config: Config, *, nodes: int = 1, run: RunDir | None = None, world: World | None = None) -> Resolved:
     """Decide every `auto` for this process or those that were launched with it, and settle its threads and GPU.
 
     Must run before torch is imported: it reads the visible GPUs and the threads' settings once. A plan of several
     processes is only decided here, not settled: its workers do that. `nodes` is how many there are in the job whose
-    workers this process will start.
+    workers this process will start; `run` is the run that goes on, if it does; `world` is the one that a worker knows.
     """
-    world = this_world()
-    world = world if world.launched else nodes_of(nodes)
-    resolved = resolve(config, this_machine(), world)
+    world = world or this_world()
+    if not world.launched and world.told is None:
+        world = nodes_of(nodes)
+    saved = newest_facts(run) if run else None
+    given = read_json(run.deepspeed_given) if run else None
+    resolved = resolve(config, this_machine(), world, saved, given)
+    forget_accelerate(world.told)
     if resolved.layout.plan.engine != "none" and not world.launched:
         return resolved
-    forget_accelerate()
     if resolved.plan == "single":
         # TRL refuses several visible GPUs in one process, since Trainer would wrap the model in DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if resolved.use_cpu:
         settle_cpu()
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if resolved.layout.plan.engine == "fsdp2":
-        # transformers asks for it when it loads: only the main process then reads the weights.
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     import torch
 
     from sft_dist.train.quiet import quiet_libraries
@@ -55,6 +59,11 @@ def resolve_here(config: Config, *, nodes: int = 1) -> Resolved:
     if resolved.use_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(resolved.num_threads)
     return resolved
+
+
+def as_main(ranks: Ranks, decide: Callable[[], Resolved], num_threads: int) -> Resolved:
+    """What the main process decides, on every process: hosts may differ, a plan may not. The threads are this host's."""
+    return dataclasses.replace(ranks.by_main(decide), num_threads=num_threads)
 
 
 def needs_packages(config: Config, resolved: Resolved) -> None:
@@ -94,7 +103,7 @@ def record_environment(run: RunDir, resolved: Resolved) -> None:
 
 def record_refined(run: RunDir, resolved: Resolved, before: Resolved) -> None:
     """Once the rows are known: put on record and log what they changed of `before`, and say what memory it takes."""
-    if resolved is not before:
+    if resolved != before:
         _write_environment(run, resolved)
     for line in resolved.decisions:
         if line.startswith(MEMORY) or line not in before.decisions:
@@ -103,5 +112,9 @@ def record_refined(run: RunDir, resolved: Resolved, before: Resolved) -> None:
 
 def _write_environment(run: RunDir, resolved: Resolved) -> None:
     write_json(run.env, environment(this_machine(), resolved))
-    for name, text in plan_files(resolved.layout).items():
+    for name, text in plan_files(resolved.layout, resolved.given).items():
         write_text(run.plan / name, text)
+    if resolved.given:
+        write_json(run.deepspeed_given, dict(resolved.given))
+    else:
+        run.deepspeed_given.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The worker: trains the run that a directory describes. It reads config.yaml there and nothing else.
+"""The worker: trains the run that a directory describes, by the config that was read there.
 
 The steps, in order: load the tokenizer, prepare the rows, load the model, train (resuming if there is a complete
 checkpoint), publish the final model. Several workers of one launcher take the same steps together; what is written once
@@ -8,27 +8,26 @@ is written by the main one.
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
-from sft_dist.config.loader import load_run_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, RunStopped, SftDistError
 from sft_dist.files import read_json, write_json
+from sft_dist.parallel.decide import WHOLE
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks, tell_deepspeed
-from sft_dist.train.settle import record_refined
+from sft_dist.train.settle import as_main, record_refined
 
 if TYPE_CHECKING:
     from sft_dist.data.prepare import Prepared
     from sft_dist.train.tokenizer import RunTokenizer
 
 log = logging.getLogger(__name__)
-# Plans whose checkpoints hold the whole model and optimizer in the same files.
-WHOLE = ("cpu", "single", "ddp")
 
 
 def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> None:
@@ -37,7 +36,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     Raises RunStopped after a requested stop, with a checkpoint saved; ConfigError, DataError or PreflightError before
     the first step.
     """
-    config = load_run_config(run.config)
+    config = resolved.config
     from sft_dist.train.adapter import add_adapter
     from sft_dist.train.arguments import sft_config
     from sft_dist.train.attention import register
@@ -51,9 +50,12 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     register()
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
-    resolved = _refine(run, config, resolved, prepared.ledger, ranks)
+    resolved = _refine(run, resolved, prepared.ledger, ranks)
     if resolved.layout.plan.engine == "deepspeed":
         tell_deepspeed(use_cpu=resolved.use_cpu)
+    if resolved.layout.plan.engine == "fsdp2":
+        # transformers asks for it when it loads: only the main process then reads the weights.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     # Before the model: from here on transformers knows that each process keeps a share of it only.
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None)
     # Weights that an adapter leaves as they are need no float32 masters.
@@ -118,9 +120,9 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
     return made[0]
 
 
-def _refine(run: RunDir, config: Config, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
-    """What the rows' real lengths change, on record."""
-    refined = with_rows(config, resolved, this_machine(), ledger["train"])
+def _refine(run: RunDir, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
+    """What the rows' real lengths change, as the main process sees it, on record."""
+    refined = as_main(ranks, lambda: with_rows(resolved, this_machine(), ledger["train"]), resolved.num_threads)
     if ranks.is_main:
         record_refined(run, refined, resolved)
     return refined

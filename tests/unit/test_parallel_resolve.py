@@ -177,12 +177,12 @@ def test_once_the_rows_are_known_the_micro_batch_follows_from_the_longest() -> N
     config = Config()
     first = resolve(config, LAPTOP)
     assert (first.per_device_train_batch_size, first.gradient_accumulation_steps) == (4, 2), "4096 / max_length 1024"
-    refined = with_rows(config, first, LAPTOP, ledger(200))
+    refined = with_rows(first, LAPTOP, ledger(200))
     assert (refined.per_device_train_batch_size, refined.gradient_accumulation_steps) == (8, 1)
     assert "longest row 200 = 20 row(s)" in refined.decisions[-2]
-    assert with_rows(config, first, LAPTOP, ledger(1000)) is first
+    assert with_rows(first, LAPTOP, ledger(1000)) is first
     fixed = Config.model_validate({"train": {"per_device_train_batch_size": 2}})
-    assert with_rows(fixed, resolve(fixed, LAPTOP), LAPTOP, ledger(10)).per_device_train_batch_size == 2
+    assert with_rows(resolve(fixed, LAPTOP), LAPTOP, ledger(10)).per_device_train_batch_size == 2
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

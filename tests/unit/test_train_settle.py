@@ -108,7 +108,7 @@ def test_what_the_rows_change_is_on_record_and_memory_is_said_once(
     settle.record_environment(run, first)
     assert "fsdp_activation_checkpointing: true" in (run.plan / "accelerate.yaml").read_text()
     assert "memory: " not in caplog.text
-    refined = with_rows(config, first, GPU_NODE, {"longest_row": 200, "tokens": 10000, "rows": 100})
+    refined = with_rows(first, GPU_NODE, {"longest_row": 200, "tokens": 10000, "rows": 100})
     settle.record_refined(run, refined, first)
     assert "fsdp_activation_checkpointing: false" in (run.plan / "accelerate.yaml").read_text()
     recorded = read_json(run.env)["decisions"]
