@@ -235,8 +235,9 @@ def train_ours(arm: dict[str, Any]) -> dict[str, Any]:
     run = RunDir(Path(str(loaded.config.run.dir)) / arm["name"])
     world = this_world()
     from sft_dist.train import publish, worker
+    from sft_dist.train.settle import resolve_here
 
-    resolved = worker.resolve_here(loaded.config)
+    resolved = resolve_here(loaded.config)
     ranks = join(world, use_cpu=resolved.use_cpu)
     before: list[dict[str, Any]] = []
     if ranks.is_main:
@@ -291,19 +292,19 @@ def train_trl(arm: dict[str, Any]) -> dict[str, Any]:
     from sft_dist.config.loader import load_config
     from sft_dist.data.prepare import prepare
     from sft_dist.parallel.world import this_world
-    from sft_dist.train import worker
     from sft_dist.train.attention import NAME, register
     from sft_dist.train.pretrained import cache_root
     from sft_dist.train.ranks import join
+    from sft_dist.train.settle import resolve_here
     from sft_dist.train.tokenizer import load_tokenizer
 
     plan = arm["plan"]
     config = load_config("smoke", [*arm["base"], "run.name=trl"]).config
     world = this_world()
-    resolved = worker.resolve_here(config)
+    resolved = resolve_here(config)
     ranks = join(world, use_cpu=resolved.use_cpu)
-    if plan != "fsdp2":
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if plan == "fsdp2":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     register()
     tokens = load_tokenizer(config.model)
     prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())

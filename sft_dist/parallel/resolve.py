@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError
+from sft_dist.parallel.adopt import accumulated, adopt, value_of, with_values
 from sft_dist.parallel.batch import check_share, share_rows
 from sft_dist.parallel.decide import (
     decide_attention,
@@ -21,7 +22,7 @@ from sft_dist.parallel.decide import (
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.plans import PLANS, Layout
 from sft_dist.parallel.resolved import Resolved
-from sft_dist.parallel.told import Told, accumulated, adopt, value_of, with_values
+from sft_dist.parallel.told import Told
 from sft_dist.parallel.world import World
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from sft_dist.errors import ConfigError, RunStopped, SftDistError, exit_status, 
 from sft_dist.files import read_json, write_json, write_text
 from sft_dist.jobs.launcher import ATTEMPT_HELD, end_with_parent
 from sft_dist.logs import log_to_stderr
+from sft_dist.parallel.adopt import with_values
 from sft_dist.parallel.resolve import Resolved
-from sft_dist.parallel.told import with_values
 from sft_dist.parallel.world import World, this_world
 from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train.attempt import Attempt, attempt, joined

@@ -90,8 +90,11 @@ def train_all(arms: list[str]) -> int:
         folder, _, stop = argument.partition("@")
         forget()
         run = RunDir(Path(folder))
-        resolved = resolve_here(load_run_config(run.config))
-        ranks = join(this_world(), use_cpu=resolved.use_cpu)
+        world, config = this_world(), load_run_config(run.config)
+        # Without it a plan for GPUs would be refused here; the runs do not say it, since some go on with another number.
+        counted = config.parallel.model_copy(update={"num_processes": world.local_size})
+        resolved = resolve_here(config.model_copy(update={"parallel": counted}), run=run)
+        ranks = join(world, use_cpu=resolved.use_cpu)
         forwards = count_forwards()
         terminate_at(stop, ranks)
         try:

@@ -116,6 +116,17 @@ def test_a_signal_reaches_every_worker_and_not_the_agent(two: Resolved, scripts:
     assert (held, threads) == (str(run.path), os.environ.get("OMP_NUM_THREADS", "4"))
 
 
+def test_workers_inherit_nothing_that_accelerate_would_obey(
+    two: Resolved, scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "info")
+    code = "import os; print(sorted(name for name in os.environ if name.startswith('ACCELERATE')))"
+    (scripts / "agent.py").write_text(f"import pathlib, sys\nsys.stdout = open('seen', 'w')\n{code}\n")
+    assert launcher.run_workers(RunDir(scripts / "run"), two, []) == 0
+    assert Path("seen").read_text().strip() == "['ACCELERATE_LOG_LEVEL']"
+
+
 def test_a_signal_that_comes_before_the_workers_waits_for_them(
     two: Resolved, scripts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

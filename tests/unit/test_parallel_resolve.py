@@ -13,7 +13,7 @@ from sft_dist.config.schema import Config
 from sft_dist.config.schema_parallel import ParallelConfig
 from sft_dist.errors import ConfigError
 from sft_dist.parallel.machine import Gpu, Machine
-from sft_dist.parallel.resolve import Resolved, one_process, resolve
+from sft_dist.parallel.resolve import Resolved, one_process, resolve, with_rows
 
 LAPTOP = Machine(cpu="x", cores=4, cpu_bf16=False, memory_gib=16.0, gpus=())
 SERVER = dataclasses.replace(LAPTOP, cores=64, cpu_bf16=True)
@@ -169,8 +169,6 @@ def test_padding_free_is_the_varlen_kernel_only() -> None:
 
 
 def test_once_the_rows_are_known_the_micro_batch_follows_from_the_longest() -> None:
-    from sft_dist.parallel.resolve import with_rows
-
     def ledger(longest: int) -> dict[str, int]:
         return {"longest_row": longest, "tokens": longest * 10, "rows": 10}
 
@@ -183,6 +181,60 @@ def test_once_the_rows_are_known_the_micro_batch_follows_from_the_longest() -> N
     assert with_rows(first, LAPTOP, ledger(1000)) is first
     fixed = Config.model_validate({"train": {"per_device_train_batch_size": 2}})
     assert with_rows(resolve(fixed, LAPTOP), LAPTOP, ledger(10)).per_device_train_batch_size == 2
+
+
+# --- a run that goes on ----------------------------------------------------------------------------------------------
+
+
+def saved(run: Resolved, **other: Any) -> dict[str, Any]:
+    return {**run.facts(), **other}
+
+
+def goes_on(machine: Machine, facts: dict[str, Any], **sections: Any) -> Resolved:
+    return resolve(Config.model_validate(sections), machine, None, facts)
+
+
+def test_auto_stays_what_the_checkpoint_was_trained_with() -> None:
+    """The planner, or this hardware, would choose otherwise today."""
+    before = resolved(GPU_NODE)
+    assert (before.plan, before.per_device_train_batch_size, before.gradient_checkpointing) == ("ddp", 4, False)
+    other = {"plan": "zero2", "per_device_train_batch_size": 2, "gradient_checkpointing": True, "dtype": "float32"}
+    found = goes_on(GPU_NODE, saved(before, **other))
+    assert {name: found.facts()[name] for name in other} == other
+    assert sum("the checkpoint to go on from" in line for line in found.decisions) == 4
+    assert len({line.partition(" = ")[0] for line in found.decisions}) == len(found.decisions)
+    ledger = {"longest_row": 20, "tokens": 200, "rows": 10}
+    assert with_rows(found, GPU_NODE, ledger).per_device_train_batch_size == 2, "the rows change nothing either"
+
+
+def test_what_the_config_says_stands_over_the_checkpoint() -> None:
+    facts = saved(resolved(GPU_NODE), per_device_train_batch_size=2)
+    found = goes_on(GPU_NODE, facts, train={"per_device_train_batch_size": 1}, parallel={"plan": "fsdp2"})
+    assert (found.plan, found.per_device_train_batch_size) == ("fsdp2", 1), "train() refuses the plan, and says why"
+
+
+def test_another_number_of_processes_shares_the_rows_anew() -> None:
+    facts = saved(resolved(GPU_NODE), per_device_train_batch_size=2)
+    four = dataclasses.replace(SERVER, gpus=(H100,) * 4)
+    found = goes_on(four, facts, train={"global_batch_size": 64})
+    assert (found.plan, found.per_device_train_batch_size) == ("ddp", 16)
+    assert (goes_on(ONE_GPU, facts).plan, goes_on(LAPTOP, facts).plan) == ("single", "cpu"), "these hold whole models"
+
+
+def test_a_micro_batch_that_does_not_fit_here_is_decided_anew() -> None:
+    facts = saved(resolved(ONE_GPU), per_device_train_batch_size=8, dtype="float32")
+    big = {"data": {"max_length": 16384}, "train": {"global_batch_size": 8}}
+    small = dataclasses.replace(SERVER, gpus=(Gpu("NVIDIA A10", 24.0, 8.6),))
+    assert goes_on(ONE_GPU, facts).per_device_train_batch_size == 8
+    assert goes_on(small, facts, **big).per_device_train_batch_size < 8
+
+
+def test_shards_of_gpus_do_not_go_on_on_a_cpu_in_silence() -> None:
+    facts = saved(resolved(GPU_NODE), plan="zero2")
+    with pytest.raises(ConfigError, match="no CUDA GPU is visible"):
+        goes_on(LAPTOP, facts)
+    tried = goes_on(LAPTOP, {**facts, "use_cpu": True}, parallel={"num_processes": 2})
+    assert (tried.plan, tried.use_cpu) == ("zero2", True)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import signal
@@ -17,10 +19,13 @@ from sft_dist.config.schema import Config
 from sft_dist.errors import PreflightError
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.parallel.machine import Gpu, Machine
-from sft_dist.parallel.resolve import resolve, with_rows
+from sft_dist.parallel.resolve import Resolved, resolve, with_rows
+from sft_dist.parallel.told import Told
+from sft_dist.parallel.world import World
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
 from sft_dist.train import settle
+from sft_dist.train.ranks import _on_one_kind_of_device
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -125,3 +130,99 @@ def test_memory_is_said_where_the_rows_change_nothing(caplog: pytest.LogCaptureF
     settle.record_refined(RunDir(tmp_path), resolved, resolved)
     assert [record.getMessage()[:8] for record in caplog.records] == ["memory: "]
     assert not list(tmp_path.iterdir())
+
+
+FILE = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1234}}
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run whose workers were launched with a DeepSpeed file, before its first checkpoint."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(settle, "environment", lambda machine, resolved: {})
+    run = RunDir(tmp_path / "mine")
+    config = Config.model_validate({"parallel": ZERO2})
+    world = World(2, 0, 0, 2, True, Told(deepspeed=FILE))
+    settle.record_environment(run, resolve(config, settle.this_machine(), world))
+    return run
+
+
+def test_the_deepspeed_file_of_a_launch_is_on_record_and_used_again(launched: RunDir) -> None:
+    assert read_json(launched.plan / "deepspeed.json")["zero_optimization"]["reduce_bucket_size"] == 1234
+    again = settle.resolve_here(Config.model_validate({"parallel": ZERO2}), run=launched)
+    assert again.given == FILE
+    settle.record_environment(launched, again)
+    assert read_json(launched.plan / "deepspeed.json")["zero_optimization"]["reduce_bucket_size"] == 1234
+
+
+def test_a_plan_without_deepspeed_keeps_no_file_of_it(launched: RunDir) -> None:
+    ddp = settle.resolve_here(Config.model_validate({"parallel": {**ZERO2, "plan": "ddp"}}), run=launched)
+    assert ddp.given == {}
+    settle.record_environment(launched, ddp)
+    assert not launched.deepspeed_given.exists()
+
+
+def test_a_run_goes_on_with_the_plan_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` was fsdp2 when it began; here, without a GPU and with two processes, it would be ddp today."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config, run = Config.model_validate({"parallel": {"num_processes": 2}}), RunDir(tmp_path / "mine")
+    assert settle.resolve_here(config, run=run).plan == "ddp"
+    facts = {**resolve(config, settle.this_machine()).facts(), "plan": "fsdp2"}
+    for number, content in {1: {**facts, "plan": "zero1"}, 3: facts, 5: None}.items():
+        folder = run.checkpoints / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text("torn" if content is None else json.dumps(content))
+    assert settle.resolve_here(config, run=run).plan == "fsdp2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Second:
+    """A second process, whose main one has decided `theirs`."""
+
+    theirs: Resolved
+
+    def by_main(self, work: Callable[[], Resolved]) -> Resolved:
+        return self.theirs
+
+
+def test_every_process_takes_the_plan_of_the_main_one(tmp_path: Path) -> None:
+    """Hosts may have different GPUs, or a broken driver; their numbers of cores may differ."""
+    config = Config.model_validate({"parallel": {"plan": "fsdp2"}})
+    theirs = resolve(config, GPU_NODE)
+    mine = resolve(config, dataclasses.replace(GPU_NODE, cores=8, gpus=(Gpu("Tesla T4", 15.0, 7.5),) * 4))
+    assert mine != theirs
+    found = settle.as_main(Second(theirs), lambda: mine, mine.num_threads)  # type: ignore[arg-type]
+    assert found == dataclasses.replace(theirs, num_threads=2)
+
+
+class Board:
+    """Stands in for the store where processes meet."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+
+def test_a_process_without_a_gpu_among_others_is_refused_before_they_wait_for_it() -> None:
+    board = Board()
+    for rank, use_cpu in ((0, False), (1, False)):
+        _on_one_kind_of_device(board, World(2, rank, rank, 2, True), use_cpu=use_cpu)
+    with pytest.raises(PreflightError, match=r"computes on GPUs, but this one \(on .*\) on the CPU"):
+        _on_one_kind_of_device(board, World(2, 1, 1, 2, True), use_cpu=True)
+
+
+def test_variables_of_a_users_shell_reach_no_worker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The workers stood under another plan than the process that started them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    assert settle.resolve_here(Config.model_validate({"parallel": ZERO2})).plan == "zero2"
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert caplog.text.count("set without accelerate launch, and ignored") == 1
