@@ -15,9 +15,9 @@ class ParallelConfig(Section):
     """How the run is spread over devices."""
 
     plan: PlanName | Auto = "auto"
-    """`cpu` (one process), `single` (one GPU), `ddp` (a whole copy on each GPU), `zero1` `zero2` `zero3` (DeepSpeed: optimizer, and gradients, and parameters sharded), `fsdp2` (PyTorch: all three sharded); `auto` takes the fastest that fits, by the planner."""
+    """`cpu` (one process), `single` (one GPU), `ddp` (a whole copy on each GPU), `zero1` `zero2` `zero3` (DeepSpeed: optimizer, and gradients, and parameters sharded), `fsdp2` (PyTorch: all three sharded); `auto` takes the fastest that fits, by the planner; what accelerate launch was told; on resume that of the checkpoint."""
     num_processes: Count | Auto = "auto"
-    """Processes on this machine; `auto` is one for each visible GPU. Without a GPU a number above 1 runs the plan on the CPU, to try it."""
+    """Processes on this machine; `auto` is one for each visible GPU. Without a GPU a number runs the plan on the CPU, to try it; without one a plan for GPUs is refused there, under a launcher too."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where a sharded plan keeps what it does not compute with: `cpu` moves optimizer states to host memory (zero3 and fsdp2: parameters too), `nvme` to local disk (zero3 only)."""
     nvme_path: str | None = None

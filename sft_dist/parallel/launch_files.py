@@ -61,7 +61,7 @@ def launch_files() -> dict[str, str]:
 
 
 def _head(name: str, layout: Layout, when: str) -> str:
-    lines = [GENERATED, "", f"When: {when or layout.plan.when}.", f"CONFIG has:  parallel: {{{_fields(layout)}}}", ""]
+    lines = [GENERATED, "", f"When: {when or layout.plan.when}.", f"It decides:  parallel: {{{_fields(layout)}}}", ""]
     launch = f"accelerate launch --config_file launch/accelerate/{name}.yaml"
     if layout.nodes > 1:
         launch += f" \\\n    --num_machines {layout.nodes} --machine_rank RANK --main_process_ip HOST"
@@ -75,7 +75,7 @@ def _head(name: str, layout: Layout, when: str) -> str:
 
 
 def _fields(layout: Layout) -> str:
-    """The fields of `parallel` that a config needs beside this file, as YAML in one line."""
+    """The fields of `parallel` that this file decides, as YAML in one line."""
     fields = [f"plan: {layout.plan.name}"]
     fields += [f"offload: {layout.offload}"] if layout.offload != "none" else []
     fields += ["hybrid_shard: true"] if layout.hybrid_shard else []
@@ -111,8 +111,8 @@ torchrun --nproc-per-node {PROCESSES} -m sft_dist.train CONFIG    # plan from CO
   processes of all nodes.
 - The files in [deepspeed/](deepspeed) go with those of the same name in [accelerate/](accelerate). Their path is
   relative to the current folder.
-- The first lines of each file name the fields that CONFIG has beside it. `parallel.plan: auto` takes the plan from
-  `accelerate launch`; another plan than the file's is refused.
+- The first lines of each file name the fields that it decides: CONFIG may have them, too, or leave them on `auto` and their
+  defaults. Another value than the file's is refused. The rule: [docs/plans.md](../docs/plans.md#what-accelerate-launch-says).
 - What each value is for: [docs/plans.md](../docs/plans.md).
 """
 
@@ -137,6 +137,42 @@ reasons beside it.
 """
 
 
+TOLD = """\
+## What `accelerate launch` says
+
+`accelerate launch --config_file FILE -m sft_dist.train CONFIG` decides what CONFIG leaves open. The worker knows that
+accelerate started it by the variables that accelerate's launchers set together, and then holds to one rule:
+
+- What has a field of ours (the table) is adopted where CONFIG has `auto` or the field's default there, and stands in the run
+  directory's config.yaml from then on, with `accelerate launch` in provenance.json.
+- Where CONFIG says something else the worker refuses to start and names both.
+- What changes the computation and has no field is refused: FSDP 1, float16, fp8, Megatron-LM, tensor and context
+  parallelism, copies that are not one a node.
+- What is the plan's own (`fsdp_reshard_after_forward`, `fsdp_auto_wrap_policy`, `fsdp_cpu_ram_efficient_loading`,
+  `fsdp_state_dict_type`, another `dynamo_backend`) is not used; a value that differs is named in a warning.
+- Then all variables `ACCELERATE_*`, `FSDP_*`, `PARALLELISM_CONFIG_*`, `MEGATRON_LM_*` and `FP8_*` are taken out of the environment, but for
+  those about logging and CPU affinity: accelerate sees our settings only.
+- Variables of these names without `accelerate launch`, from a shell's profile, are ignored everywhere, with one warning.
+
+| said by accelerate's file | or by the DeepSpeed file | field |
+|---|---|---|
+| `distributed_type`, `zero_stage`, `use_cpu` (one process) | `zero_optimization.stage` | `parallel.plan` |
+| `fsdp_offload_params`, `offload_optimizer_device`, `offload_param_device` | `offload_optimizer`, `offload_param` | `parallel.offload`, `parallel.nvme_path` |
+| `parallelism_config_dp_replicate_size` | `zero_hpz_partition_size` | `parallel.hybrid_shard` |
+| `parallelism_config_sp_size` | | `parallel.sequence_parallel_size` |
+| `mixed_precision: bf16` (`no` says nothing) | `bf16.enabled` | `model.dtype` |
+| `fsdp_activation_checkpointing: true` | | `train.gradient_checkpointing` |
+| `dynamo_backend: INDUCTOR` | | `train.compile_layers` |
+| `gradient_clipping` | `gradient_clipping` | `train.max_grad_norm` |
+| | `train_micro_batch_size_per_gpu`, `train_batch_size` | `train.per_device_train_batch_size`, `train.global_batch_size` |
+| `gradient_accumulation_steps` above 1 | `gradient_accumulation_steps` | `train.per_device_train_batch_size`, which follows from it |
+
+A DeepSpeed file goes over our settings (above) as a whole; `auto` in it says nothing. Its keys are checked against DeepSpeed's
+own. It stays in the run directory as plan/deepspeed_given.json, and `sft-dist resume` uses it again; plan/deepspeed.json is
+what DeepSpeed got. Launching the run again with another file replaces it.
+"""
+
+
 def formula(plan: Plan) -> str:
     """Bytes on one GPU for each parameter, as a formula in the number N of GPUs."""
     shared = sum(size for part, size in BYTES.items() if part in plan.shards)
@@ -156,6 +192,7 @@ def plans_page() -> str:
     )
     parts = [PLANS_HEAD.strip(), "\n".join(rows), SETTINGS_HEAD.strip()]
     parts += [f"### {title}\n\n{_settings(rendered)}" for title, rendered in tables]
+    parts.append(TOLD.strip())
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.loader import load_config, load_run_config, write_config
-from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, RunStopped, SftDistError, exit_status, explained
 from sft_dist.files import read_json, write_json, write_text
 from sft_dist.jobs.launcher import ATTEMPT_HELD, end_with_parent
@@ -82,7 +81,9 @@ def _train(argument: str, world: World) -> None:
     from sft_dist.train.settle import as_main, needs_packages, record_environment, resolve_here
     from sft_dist.train.worker import train
 
-    resolved = resolve_here(_config(argument), run=RunDir(Path(argument)), world=world)
+    there = RunDir(Path(argument)) if RunDir(Path(argument)).config.is_file() else None
+    config = load_run_config(there.config) if there else load_config(argument).config
+    resolved = resolve_here(config, run=there, world=world)
     needs_packages(resolved.config, resolved)
     if resolved.layout.plan.engine != "none" and not world.launched:
         raise ConfigError(
@@ -101,11 +102,6 @@ def _train(argument: str, world: World) -> None:
         if ranks.is_main and not os.environ.get(ATTEMPT_HELD):
             record_environment(run, resolved)
         train(run, current, resolved, ranks)
-
-
-def _config(argument: str) -> Config:
-    run = RunDir(Path(argument))
-    return load_run_config(run.config) if run.config.is_file() else load_config(argument).config
 
 
 def _open_together(argument: str, resolved: Resolved, ranks: Ranks) -> RunDir:

@@ -27,9 +27,15 @@ from accelerate.utils.launch import (
 )
 from transformers import TrainingArguments
 
+from sft_dist.config.schema import Config
+from sft_dist.errors import ConfigError
 from sft_dist.parallel.accelerate_file import accelerate_config, as_yaml
 from sft_dist.parallel.launch_files import VARIANTS, launch_files
+from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.plans import PLANS, Layout, command, deepspeed_config, fsdp_config, parallelism_config
+from sft_dist.parallel.resolve import resolve
+from sft_dist.parallel.world import this_world
+from sft_dist.train.deepspeed_keys import check_deepspeed
 
 FILES = launch_files()
 YAMLS = {name: yaml.safe_load(FILES[f"launch/accelerate/{name}.yaml"]) for name in VARIANTS}
@@ -115,6 +121,36 @@ def test_the_file_starts_the_engine_of_its_plan_with_the_processes_of_its_layout
     assert env["ACCELERATE_MIXED_PRECISION"] == precision
     assert "mixed_precision" in YAMLS[name] or engine == "deepspeed"
     assert (env.get("ACCELERATE_USE_CPU") == "True") == layout.use_cpu
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_the_file_tells_the_worker_is_its_layout(name, tmp_path, monkeypatch):
+    """A config that leaves everything on `auto` becomes the layout that the file is for, by accelerate's own variables."""
+    layout, _ = VARIANTS[name]
+    if layout.plan.engine == "deepspeed":
+        (tmp_path / "launch/deepspeed").mkdir(parents=True)
+        path = YAMLS[name]["deepspeed_config"]["deepspeed_config_file"]
+        (tmp_path / path).write_text(FILES[path])
+    env = launched(YAMLS[name], tmp_path, *(["--main_process_ip", "first"] if layout.nodes > 1 else []))[1]
+    each = layout.processes_per_node
+    meeting = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": layout.world_size, "LOCAL_WORLD_SIZE": each}
+    for key, value in {**env, **(meeting if layout.plan.engine != "none" else {})}.items():
+        monkeypatch.setenv(key, str(value))
+    node = Machine("x", 64, False, 512.0, () if layout.use_cpu else (Gpu("NVIDIA H100", 80.0, 9.0),) * each)
+    world = this_world(worker=True)
+    assert world.told.unused == ()
+    config = Config.model_validate({"train": {"global_batch_size": 64}})
+    resolved = resolve(config, node, world)
+    assert (
+        dataclasses.replace(
+            resolved.layout,
+            gradient_checkpointing=layout.gradient_checkpointing,
+            compile_layers=layout.compile_layers,
+        )
+        == layout
+    )
+    if layout.plan.engine == "fsdp2":
+        assert resolved.gradient_checkpointing
 
 
 def test_deepspeed_on_several_nodes_needs_no_ssh(tmp_path):
@@ -290,3 +326,38 @@ def test_yaml_values_that_are_words_to_yaml_stay_text():
     for path in ("no", "on", "1e5", "a: b", "# x", "plan/deepspeed.json"):
         text = as_yaml(accelerate_config(layout, path), "head")
         assert yaml.safe_load(text) == SimpleNamespace(**accelerate_config(layout, path).tree()).__dict__
+
+
+# --- a DeepSpeed file of the user's ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_our_own_files_are_ones_that_deepspeed_knows(name):
+    pytest.importorskip("deepspeed")
+    check_deepspeed(JSONS[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_cliping: no such setting; did you mean gradient_clipping?"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com: no such setting; did you mean"),
+        (
+            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+            "zero_optimization.offload_param.devise: no such setting; did you mean device?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "many"}},
+            "zero_optimization.reduce_bucket_size: Input should be",
+        ),
+        ({"bf16": {"enable": True}}, "bf16.enable: no such setting; did you mean enabled?"),
+        ({"bf16": True}, "bf16: True is no object"),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_know_is_named_with_the_nearest(given, told):
+    """DeepSpeed passes over the first in silence and gives a traceback for the others."""
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ConfigError) as refused:
+        check_deepspeed({"train_batch_size": "auto", **given})
+    (problem,) = refused.value.problems
+    assert problem.startswith(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_dist.config.loader import load_run_config
 from sft_dist.errors import ConfigError
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.jobs.launcher import children
@@ -21,7 +23,6 @@ from sft_dist.train.checkpoint import damage, list_checkpoints
 TinyRun = Callable[..., RunDir]
 Start = Callable[..., "subprocess.Popen[str]"]
 
-ROOT = Path(__file__).resolve().parents[2]
 TWO = ("parallel.plan=ddp", "parallel.num_processes=2")
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
 
@@ -220,6 +221,7 @@ extends: smoke
 run: {name: mine, dir: runs}
 model: {dtype: DTYPE}
 data: {eval_size: 0, train: {task: mix, rows: 24, seed: 1}}
+parallel: {num_processes: 2}
 train: {max_steps: 3, eval_strategy: 'no'}
 checkpoint: {save_strategy: 'no'}
 evaluate: {data: null, labels: [], before: false, after: false}
@@ -235,20 +237,41 @@ def config(tmp_path: Path, tiny_model_dir: Path) -> Callable[[str], Path]:
     return write
 
 
+LAUNCH = """
+distributed_type: DEEPSPEED
+num_machines: 1
+num_processes: 2
+deepspeed_config: {deepspeed_config_file: mine.json, zero3_init_flag: false}
+"""
+
+
 def test_accelerate_launch_starts_the_worker_and_says_the_plan(
     start: Start, config: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The file asks for eight GPUs; two processes without one are enough to see that its plan arrives."""
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    words = ("--config_file", "launch/accelerate/zero2.yaml", "--num_processes", "2", "-m", "sft_dist.train")
-    code, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", "launch", *words, config("bfloat16")))
+    """Two processes without a GPU are enough to see that its plan arrives, and the DeepSpeed file with it."""
+    zero = {"stage": 2, "reduce_bucket_size": 1234}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": True}}))
+    (tmp_path / "launch.yaml").write_text(LAUNCH)
+    words = ("launch", "--config_file", "launch.yaml", "-m", "sft_dist.train", config("auto"))
+    strays = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    code, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", *words, **strays))
     assert code == 0, err
     run = RunDir(tmp_path / "runs" / "mine")
     assert run.read_status()["state"] == "done"
     assert [row["ended"] for row in read_jsonl(run.attempts)] == ["done"]
     resolved = read_json(run.path / "env.json")["resolved"]
-    assert (resolved["plan"], resolved["world_size"]) == ("zero2", 2)
+    assert (resolved["plan"], resolved["world_size"], resolved["dtype"]) == ("zero2", 2, "bfloat16")
     assert err.count("parallel.plan = zero2: accelerate launch was told so") == 1, "only one process tells"
+    recorded, origins = load_run_config(run.config), read_json(run.provenance)
+    assert (recorded.parallel.plan, recorded.model.dtype) == ("zero2", "bfloat16"), "what resume goes by"
+    assert origins["parallel.plan"] == origins["model.dtype"] == "accelerate launch"
+    assert read_json(run.plan / "deepspeed.json")["zero_optimization"]["reduce_bucket_size"] == 1234
+    assert read_json(run.deepspeed_given)["zero_optimization"] == zero
+
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": {**zero, "overlap_com": True}}))
+    _, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", *words))
+    assert err.count("zero_optimization.overlap_com: no such setting; did you mean overlap_comm?") == 1
+    assert "pydantic" not in err
 
 
 def test_a_deepspeed_file_that_disagrees_is_explained(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def test_each_launch_file_says_which_fields_the_config_needs():
     heads = {
         name: launch_files()[f"launch/accelerate/{name}.yaml"].partition("compute_environment")[0] for name in VARIANTS
     }
-    assert "CONFIG has:  parallel: {plan: zero3, offload: cpu}\n" in heads["zero3-offload"]
-    assert "CONFIG has:  parallel: {plan: fsdp2, hybrid_shard: true}\n" in heads["fsdp2-hybrid"]
-    assert "CONFIG has:  parallel: {plan: zero3, sequence_parallel_size: 4}\n" in heads["zero3-sequence"]
+    assert "It decides:  parallel: {plan: zero3, offload: cpu}\n" in heads["zero3-offload"]
+    assert "It decides:  parallel: {plan: fsdp2, hybrid_shard: true}\n" in heads["fsdp2-hybrid"]
+    assert "It decides:  parallel: {plan: zero3, sequence_parallel_size: 4}\n" in heads["zero3-sequence"]
     assert all(f"--config_file launch/accelerate/{name}.yaml" in head for name, head in heads.items())
     assert all(line.startswith("#") for head in heads.values() for line in head.splitlines())
 
