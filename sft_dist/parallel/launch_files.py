@@ -150,8 +150,8 @@ accelerate started it by the variables that accelerate's launchers set together,
   parallelism, copies that are not one a node.
 - What is the plan's own (`fsdp_reshard_after_forward`, `fsdp_auto_wrap_policy`, `fsdp_cpu_ram_efficient_loading`,
   `fsdp_state_dict_type`, another `dynamo_backend`) is not used; a value that differs is named in a warning.
-- Then all variables `ACCELERATE_*`, `FSDP_*`, `PARALLELISM_CONFIG_*`, `MEGATRON_LM_*` and `FP8_*` are taken out of the environment, but for
-  those about logging and CPU affinity: accelerate sees our settings only.
+- Then all variables `ACCELERATE_*`, `FSDP_*`, `PARALLELISM_CONFIG_*` and `MEGATRON_LM_*` are taken out of the environment, but
+  for those about logging and CPU affinity: accelerate sees our settings only.
 - Variables of these names without `accelerate launch`, from a shell's profile, are ignored everywhere, with one warning.
 
 | said by accelerate's file | or by the DeepSpeed file | field |

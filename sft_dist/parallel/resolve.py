@@ -97,10 +97,12 @@ def _on_record(
     config = accumulated(config, told, layout.data_parallel_size, notes)
     now = {name: getattr(layout, name) for name in _SHARED}
     same = saved is not None and {name: saved.get(name) for name in _SHARED} == now
+    share = config.train.global_batch_size // layout.data_parallel_size
     again = {
         name: saved[name.partition(".")[2]]
         for name in ("train.per_device_train_batch_size", "train.gradient_checkpointing")
         if saved is not None and same and value_of(config, name) == "auto"
+        if not share % saved["per_device_train_batch_size"]  # else the config was edited
     }
     lines = [f"{name} = {value}: the checkpoint to go on from has it" for name, value in again.items()]
     pinned = dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from sft_dist.parallel.told import Told, is_told, read_told
 
 log = logging.getLogger(__name__)
 # What accelerate reads, in these processes and in `accelerate launch`.
-OF_ACCELERATE = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "FP8_")
+OF_ACCELERATE = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 # Of these, what changes nothing of a training: logging, and where a process's threads run.
 HARMLESS = (
     "ACCELERATE_LOG_LEVEL",
@@ -45,25 +46,28 @@ def nodes_of(count: int) -> World:
     return World(size=count)
 
 
-def this_world(*, worker: bool = False) -> World:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and, for a worker, what `accelerate launch` told it.
-
-    Raises ConfigError where accelerate was told what cannot be done here, and for processes that differ in number
-    between nodes.
-    """
+def this_world() -> World:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; ConfigError for nodes with different numbers of processes."""
     env = os.environ
-    launched = "LOCAL_RANK" in env and "WORLD_SIZE" in env
-    told = worker and is_told(env)
-    if not launched:
-        return World(told=read_told(env, 1, launched=False) if told else None)
+    if "LOCAL_RANK" not in env or "WORLD_SIZE" not in env:
+        return World()
     size, local = int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
     if size % local:
         raise ConfigError(
             f"{size} processes, {local} of them on this node: every node needs as many",
             hint="start the same number of processes on each node",
         )
-    said = read_told(env, size, launched=True) if told else None
-    return World(size, int(env.get("RANK", "0")), int(env["LOCAL_RANK"]), local, True, said)
+    return World(size, int(env.get("RANK", "0")), int(env["LOCAL_RANK"]), local, True)
+
+
+def with_told(world: World) -> World:
+    """`world` with what `accelerate launch` told this worker; commands, which start workers themselves, do not ask.
+
+    Raises ConfigError where accelerate was told what cannot be done here.
+    """
+    if not is_told(os.environ):
+        return world
+    return dataclasses.replace(world, told=read_told(os.environ, world.size, launched=world.launched))
 
 
 def accelerate_variables() -> list[str]:
@@ -71,16 +75,19 @@ def accelerate_variables() -> list[str]:
     return sorted(name for name in os.environ if name.startswith(OF_ACCELERATE) and name not in HARMLESS)
 
 
-def forget_accelerate(told: Told | None) -> None:
+def forget_accelerate(world: World) -> None:
     """Take accelerate's variables out of the environment: they would be applied a second time, beside our settings.
 
-    Those that no `accelerate launch` has set are named in one warning: nothing here has obeyed them.
+    The main process of `world` names those that no `accelerate launch` has set in one warning: nothing here has obeyed
+    them; and what was told but is not used.
     """
     names = accelerate_variables()
     for name in names:
         del os.environ[name]
-    if told is None and names:
+    if world.rank:
+        return
+    if world.told is None and names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         log.warning("%s: set without accelerate launch, and ignored; the plan is parallel.plan", shown)
-    for line in () if told is None else told.unused:
+    for line in () if world.told is None else world.told.unused:
         log.warning("%s", line)

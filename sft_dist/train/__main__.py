@@ -18,7 +18,7 @@ from sft_dist.jobs.launcher import ATTEMPT_HELD, end_with_parent
 from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.adopt import with_values
 from sft_dist.parallel.resolve import Resolved
-from sft_dist.parallel.world import World, this_world
+from sft_dist.parallel.world import World, this_world, with_told
 from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train.attempt import Attempt, attempt, joined
 from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
@@ -52,9 +52,10 @@ def main(arguments: list[str]) -> int:
         end_with_parent(signal.SIGKILL)
     world = World()
     try:
-        world = this_world(worker=True)
+        world = this_world()
         if world.rank:
             logging.getLogger().setLevel(logging.ERROR)
+        world = with_told(world)
         with StopRequest():  # libraries load for seconds: whoever asks for a stop meanwhile gets no traceback
             _train(arguments[0], world)
     except MainFailed as error:

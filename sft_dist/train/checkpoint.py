@@ -17,6 +17,8 @@ from sft_dist.train.ranks import Ranks
 
 MANIFEST = "MANIFEST.json"
 PIECE = 16 * 2**20
+# What a manifest says of how its checkpoint was trained, as far as the run that goes on asks.
+OF_PLAN = ("plan", "dtype", "use_cpu", "world_size", "per_device_train_batch_size", "gradient_checkpointing")
 
 
 def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any], ranks: Ranks | None = None) -> None:
@@ -100,7 +102,7 @@ def newest_facts(run: RunDir) -> dict[str, Any] | None:
     for _, path in list_checkpoints(run):
         with contextlib.suppress(ValueError):
             manifest = read_json(path / MANIFEST)
-            if isinstance(manifest, dict) and manifest.keys() >= {"plan", "dtype"}:
+            if isinstance(manifest, dict) and manifest.keys() >= {*OF_PLAN}:
                 return manifest
     return None
 

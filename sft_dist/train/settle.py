@@ -37,7 +37,7 @@ def resolve_here(config: Config, *, nodes: int = 1, run: RunDir | None = None, w
     saved = newest_facts(run) if run else None
     given = read_json(run.deepspeed_given) if run else None
     resolved = resolve(config, this_machine(), world, saved, given)
-    forget_accelerate(world.told)
+    forget_accelerate(world)
     if resolved.layout.plan.engine != "none" and not world.launched:
         return resolved
     if resolved.plan == "single":

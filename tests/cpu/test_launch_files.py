@@ -34,7 +34,7 @@ from sft_dist.parallel.launch_files import VARIANTS, launch_files
 from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.plans import PLANS, Layout, command, deepspeed_config, fsdp_config, parallelism_config
 from sft_dist.parallel.resolve import resolve
-from sft_dist.parallel.world import this_world
+from sft_dist.parallel.world import this_world, with_told
 from sft_dist.train.deepspeed_keys import check_deepspeed
 
 FILES = launch_files()
@@ -137,7 +137,7 @@ def test_what_the_file_tells_the_worker_is_its_layout(name, tmp_path, monkeypatc
     for key, value in {**env, **(meeting if layout.plan.engine != "none" else {})}.items():
         monkeypatch.setenv(key, str(value))
     node = Machine("x", 64, False, 512.0, () if layout.use_cpu else (Gpu("NVIDIA H100", 80.0, 9.0),) * each)
-    world = this_world(worker=True)
+    world = with_told(this_world())
     assert world.told.unused == ()
     config = Config.model_validate({"train": {"global_batch_size": 64}})
     resolved = resolve(config, node, world)

@@ -273,6 +273,10 @@ def test_accelerate_launch_starts_the_worker_and_says_the_plan(
     assert err.count("zero_optimization.overlap_com: no such setting; did you mean overlap_comm?") == 1
     assert "pydantic" not in err
 
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero, "fp16": {"enabled": True}}))
+    _, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", *words))
+    assert err.count("asks for float16") == 1, "only one process tells"
+
 
 def test_a_deepspeed_file_that_disagrees_is_explained(tmp_path: Path) -> None:
     """transformers compares the two as late as in train(), in words that name neither file nor config."""

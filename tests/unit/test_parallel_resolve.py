@@ -221,6 +221,11 @@ def test_another_number_of_processes_shares_the_rows_anew() -> None:
     assert (goes_on(ONE_GPU, facts).plan, goes_on(LAPTOP, facts).plan) == ("single", "cpu"), "these hold whole models"
 
 
+def test_an_edited_global_batch_is_shared_anew() -> None:
+    facts = saved(resolved(GPU_NODE), per_device_train_batch_size=4)
+    assert goes_on(GPU_NODE, facts, train={"global_batch_size": 6}).per_device_train_batch_size == 3
+
+
 def test_a_micro_batch_that_does_not_fit_here_is_decided_anew() -> None:
     facts = saved(resolved(ONE_GPU), per_device_train_batch_size=8, dtype="float32")
     big = {"data": {"max_length": 16384}, "train": {"global_batch_size": 8}}

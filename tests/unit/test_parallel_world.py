@@ -17,7 +17,7 @@ from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.plans import PLANS, Layout
 from sft_dist.parallel.resolve import resolve
 from sft_dist.parallel.told import Told
-from sft_dist.parallel.world import World, forget_accelerate, this_world
+from sft_dist.parallel.world import World, forget_accelerate, this_world, with_told
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 LAPTOP = Machine(cpu="x", cores=8, cpu_bf16=False, memory_gib=16.0, gpus=())
@@ -73,7 +73,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Told:
     """What a worker among eight processes on two nodes is told."""
     for name, value in {**TORCHRUN, **variables}.items():
         monkeypatch.setenv(name, value)
-    found = this_world(worker=True).told
+    found = with_told(this_world()).told
     assert found is not None
     return found
 
@@ -227,7 +227,7 @@ def test_a_launch_of_one_process_is_a_plan_of_one(monkeypatch: pytest.MonkeyPatc
     """accelerate starts it without the variables that processes meet by."""
     for name, value in {**ONE, "ACCELERATE_USE_CPU": use_cpu}.items():
         monkeypatch.setenv(name, value)
-    found = this_world(worker=True)
+    found = with_told(this_world())
     assert (found.launched, found.size) == (False, 1)
     assert resolved(found).plan == plan
 
@@ -236,14 +236,11 @@ def test_a_launch_of_one_process_is_a_plan_of_one(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN, {}], ids=["torchrun", "no launcher"])
-@pytest.mark.parametrize("worker", [True, False])
-def test_variables_of_a_users_shell_say_nothing(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], worker: bool
-) -> None:
+def test_variables_of_a_users_shell_say_nothing(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     stray = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "fp8", "FSDP_VERSION": "1"}
     for name, value in {**variables, **stray}.items():
         monkeypatch.setenv(name, value)
-    assert this_world(worker=worker).told is None
+    assert with_told(this_world()).told is None
 
 
 def test_commands_are_told_nothing_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +257,9 @@ def test_accelerates_variables_are_taken_back(
     mesh = {"PARALLELISM_CONFIG_SP_SIZE": "4", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     for name, value in {**kept, **DEEPSPEED, **mesh}.items():
         monkeypatch.setenv(name, value)
-    forget_accelerate(Told(unused=("accelerate launch's x is not used",)))
+    unused = Told(unused=("accelerate launch's x is not used",))
+    for rank in (0, 1):
+        forget_accelerate(World(2, rank, rank, 2, True, unused))
     assert not {*DEEPSPEED, *mesh} & set(os.environ)
     assert {name: os.environ[name] for name in kept} == kept
     assert [record.getMessage() for record in caplog.records] == ["accelerate launch's x is not used"]
@@ -271,8 +270,10 @@ def test_variables_of_a_users_shell_are_named_in_one_warning(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("FSDP_VERSION", "1")
-    for _ in range(2):
-        forget_accelerate(None)
+    forget_accelerate(World())
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    forget_accelerate(World(2, 1, 1, 2, True))
+    assert "FSDP_VERSION" not in os.environ, "the main process has said so"
     (record,) = caplog.records
     assert record.getMessage().startswith("ACCELERATE_MIXED_PRECISION, FSDP_VERSION: set without accelerate launch")
 
