@@ -69,6 +69,8 @@ def fork(nodes: int, each: int, arms: list[str]) -> bool:
             code = 1
             try:
                 code = train_all(arms)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sft_dist.config.loader import load_run_config, write_config
 from sft_dist.files import read_json, read_jsonl
+from sft_dist.parallel.adopt import with_values
 from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import MANIFEST, damage, list_checkpoints
 
@@ -43,6 +45,12 @@ def after_step_3(run: RunDir, folder: Path) -> RunDir:
     return copy
 
 
+def leave_undecided(run: RunDir) -> None:
+    """Plan and micro batch on `auto`: begun today it would be ddp with 4 rows at once."""
+    values = {"parallel.plan": "auto", "train.per_device_train_batch_size": "auto"}
+    run.config.write_text(write_config(with_values(load_run_config(run.config), values)))
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     """For each plan a `straight` and a `stopped` run of two processes, and copies that went on with another number."""
@@ -61,7 +69,9 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
     launch({1: [run.path for run in alone.values()], 2: [*(run.path for run in made.values()), *twice]})
     made |= alone
     moved = {name: after_step_3(made[origin], folder / name) for name, (origin, _) in {**MOVED, **REFUSED}.items()}
-    arms: dict[int, list[Path]] = {1: [], 2: []}
+    moved["undecided"] = after_step_3(made["fsdp2"], folder / "undecided")
+    leave_undecided(moved["undecided"])
+    arms: dict[int, list[Path]] = {1: [], 2: [moved["undecided"].path]}
     for name, (_, processes) in {**MOVED, **REFUSED}.items():
         arms[processes].append(moved[name].path)
     launch(arms)
@@ -95,6 +105,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, RunDir], plan: str) -
     assert rows(run) == rows(straight)
     mine, theirs = weights(run), weights(straight)
     assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_auto_stays_what_the_checkpoint_was_trained_with(runs: dict[str, RunDir]) -> None:
+    straight, run = runs["fsdp2"], runs["undecided"]
+    resolved = read_json(run.env)["resolved"]
+    assert (resolved["plan"], resolved["per_device_train_batch_size"]) == ("fsdp2", 2)
+    assert rows(run) == rows(straight)
+    mine, theirs = weights(run), weights(straight)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
