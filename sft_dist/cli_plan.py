@@ -207,8 +207,10 @@ def _free_bytes(job: Job) -> tuple[Path, int]:
 
 
 def _files(job: Job, chosen: Estimate) -> list[str]:
-    """What a run with this plan would write, below the runs' folder."""
-    run = str(job.config.run.name)
+    """The paths that a run with this plan would write to."""
+    from sft_dist.rundir import runs_root
+
+    run = runs_root(job.config.run.dir) / str(job.config.run.name)
     deepspeed = ["plan/deepspeed.json"] if chosen.layout.plan.engine == "deepspeed" else []
     saves = [] if job.config.checkpoint.save_strategy == "no" else ["checkpoints/checkpoint-N/"]
     names = ["config.yaml", "plan/accelerate.yaml", *deepspeed, "plan/predicted.json", *saves, "model/"]

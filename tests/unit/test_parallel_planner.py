@@ -309,7 +309,6 @@ def test_the_command_as_data(run_cli: Any) -> None:
     jsonschema.validate(told, OUTPUT)
     chosen = told["estimates"][told["chosen"]]
     assert (chosen["plan"], chosen["fits"]) == ("zero3", True)
-    assert "qwen3-8b-zero3/plan/deepspeed.json" in told["files"]
 
 
 def test_the_command_in_words(run_cli: Any) -> None:
@@ -329,6 +328,17 @@ def test_the_command_in_words(run_cli: Any) -> None:
     narrow = run_cli("plan", "demo", "--gpu", "h100", env={"COLUMNS": "80"})
     assert narrow.stdout.count("recompute") == 2, "two tables instead of one"
     assert all(len(line) <= 80 for line in narrow.stdout.split("parallel.plan")[0].splitlines()[4:])
+
+
+def test_the_files_are_named_where_a_run_writes_them(run_cli: Any, tmp_path: Path) -> None:
+    def files(*overrides: str, **env: str | None) -> list[str]:
+        done = run_cli("plan", "qwen3-8b-zero3", *overrides, "--gpus", "8", "--gpu", "h100", "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["files"]  # type: ignore[no-any-return]
+
+    assert "runs/qwen3-8b-zero3/plan/deepspeed.json" in files(SFT_DIST_RUNS=None)
+    assert "elsewhere/qwen3-8b-zero3/plan/deepspeed.json" in files(SFT_DIST_RUNS="elsewhere")
+    assert f"{tmp_path}/eight/model/" in files(f"run.dir={tmp_path}", "run.name=eight")
 
 
 def test_without_a_gpu_it_plans_for_one_and_says_so(run_cli: Any) -> None:
