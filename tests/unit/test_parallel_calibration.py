@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from sft_dist.parallel.calibration import Point, points
+from sft_dist.parallel.calibration import RESULTS, Point, points
 
 POINTS = points()
 COMPILED = [point for point in POINTS if point.layers == "compiled" and point.part == "speed"]
@@ -40,3 +42,13 @@ def test_speeds_are_those_that_the_constants_were_fitted_to() -> None:
     for point in COMPILED:
         assert point.speed is not None
         assert point.predicted_speed == pytest.approx(point.speed, rel=0.05)
+
+
+def test_the_equality_of_plans_is_on_record_as_the_texts_say() -> None:
+    arms = json.loads((RESULTS.parent / "plans-h200x2-equal.json").read_text(encoding="utf-8"))["arms"]
+    assert {arm["plan"] for arm in arms} == {"single", "ddp", "zero2", "zero3", "fsdp2"}
+    last = [arm["losses"][-1] for arm in arms]
+    apart = max(max(step) - min(step) for step in zip(*(arm["losses"] for arm in arms), strict=True))
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"end between {min(last):.4f} and {max(last):.4f}" in text
+    assert f"more than {apart:.1e} apart".replace("e-03", "e-3") in text
