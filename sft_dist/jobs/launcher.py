@@ -52,7 +52,7 @@ def run_workers(run: RunDir, resolved: Resolved, heard: Sequence[int], place: Pl
     is in status.json; an exit status does not survive torchrun. In a job `place` is this task's, and the other tasks are
     told to start their share.
     """
-    share = Workers(resolved.layout.processes_per_node, resolved.num_threads if resolved.use_cpu else None)
+    share = Workers(resolved.layout.processes_per_node, resolved.num_threads if resolved.computes_on_host else None)
     if place is None:
         # DeepSpeed prints while it starts: stdout is for the result.
         return _run(run, torchrun(resolved, ["-m", "sft_dist.train", str(run.path)]), share, heard)

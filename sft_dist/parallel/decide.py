@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -84,6 +85,19 @@ def decide_processes(config: Config, machine: Machine, world: World, plan: str) 
             )
         return asked
     return max(1, len(machine.gpus))  # without a GPU, one process on each of several nodes
+
+
+def decide_threads(config: Config, machine: Machine, processes: int, notes: list[str]) -> int:
+    """Threads of each process on the CPU: its share of the cores. torchrun gives one where several processes start."""
+    threads = max(1, machine.cores // processes)
+    offload, told = config.parallel.offload, os.environ.get("OMP_NUM_THREADS", "")
+    if offload != "none":
+        share = f"{machine.cores} cores / {processes} processes"
+        why = f"{share}: the optimizer steps on the host (parallel.offload={offload}), and torchrun would give it 1"
+        if told not in ("", str(threads)):  # the user's, or of torchrun started by hand
+            why = f"as the environment says; {share} would be {threads}, and the optimizer steps on the host"
+        notes.append(f"OMP_NUM_THREADS = {told or threads}: {why}")
+    return threads
 
 
 def decide_dtype(

@@ -66,6 +66,12 @@ def _head(name: str, layout: Layout, when: str) -> str:
     if layout.nodes > 1:
         launch += f" \\\n    --num_machines {layout.nodes} --machine_rank RANK --main_process_ip HOST"
     lines.append(f"{launch} -m sft_dist.train CONFIG")
+    if layout.offload != "none":
+        lines += [
+            "",
+            "The optimizer steps on the host, and the launcher gives each process one thread: set OMP_NUM_THREADS",
+        ]
+        lines += ["to the cores of a node / its processes. `sft-dist train` does so."]
     if layout.plan.engine != "none":
         words = textwrap.wrap(" ".join(command(layout, "CONFIG")), 100, subsequent_indent="    ")
         lines += ["", "The same without accelerate:", "", *(f"{line} \\" for line in words[:-1]), words[-1]]

@@ -18,6 +18,7 @@ from sft_dist.parallel.decide import (
     decide_dtype,
     decide_plan,
     decide_processes,
+    decide_threads,
 )
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.plans import PLANS, Layout
@@ -75,7 +76,7 @@ def resolve(
         hybrid_shard=parallel.hybrid_shard,
         sequence_parallel_size=parallel.sequence_parallel_size,
     )
-    threads = max(1, machine.cores // processes)
+    threads = decide_threads(asked, machine, processes, notes)
     undecided = Resolved(asked, layout, dtype, attention, 1, 1, False, compiled, threads, tuple(notes), adopted=adopted)
     resolved = _on_record(undecided, machine, plan, told, saved)
     if resolved.layout.plan.engine == "deepspeed":

@@ -41,6 +41,11 @@ class Resolved:
         return self.layout.use_cpu
 
     @property
+    def computes_on_host(self) -> bool:
+        """Whether the CPU's cores do what takes long: everything, or the optimizer's step on what is offloaded."""
+        return self.use_cpu or self.layout.offload != "none"
+
+    @property
     def loading_dtype(self) -> str:
         """The type in which the weights are read: FSDP2's shards are the float32 masters themselves."""
         return "float32" if self.layout.plan.engine == "fsdp2" else self.dtype

@@ -15,7 +15,7 @@ import pytest
 
 from sft_dist.config.schema import Config
 from sft_dist.jobs import launcher
-from sft_dist.parallel.machine import Machine
+from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.resolve import Resolved, resolve
 from sft_dist.rundir import RunDir
 
@@ -125,6 +125,26 @@ def test_workers_inherit_nothing_that_accelerate_would_obey(
     (scripts / "agent.py").write_text(f"import pathlib, sys\nsys.stdout = open('seen', 'w')\n{code}\n")
     assert launcher.run_workers(RunDir(scripts / "run"), two, []) == 0
     assert Path("seen").read_text().strip() == "['ACCELERATE_LOG_LEVEL']"
+
+
+@pytest.mark.parametrize(
+    ("offload", "told", "threads"),
+    [("cpu", None, "4"), ("cpu", "3", "3"), ("none", None, "None")],
+    ids=["offloaded", "offloaded, the user's own", "on the GPU"],
+)
+def test_an_optimizer_on_the_host_has_its_share_of_the_cores(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch, offload: str, told: str | None, threads: str
+) -> None:
+    """torchrun would set OMP_NUM_THREADS to 1 for each of several processes, and AdamW would step on one core."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    node = Machine(cpu="x", cores=8, cpu_bf16=False, memory_gib=64.0, gpus=(Gpu("NVIDIA H100", 80.0, 9.0),) * 2)
+    resolved = resolve(Config.model_validate({"parallel": {"plan": "zero2", "offload": offload}}), node)
+    threading.Thread(target=lambda: (until(lambda: ready(scripts)), heard.append(signal.SIGUSR1))).start()
+    heard: list[int] = []
+    assert launcher.run_workers(RunDir(scripts / "run"), resolved, heard) == 0
+    assert [(scripts / f"ready-{rank}").read_text().split()[2] for rank in (0, 1)] == [threads] * 2
 
 
 def test_a_signal_that_comes_before_the_workers_waits_for_them(

@@ -349,3 +349,18 @@ def test_the_facts_are_json_and_say_where_the_run_is() -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert {"plan": "ddp", "world_size": 2, "nodes": 1, "use_cpu": False}.items() <= facts.items()
     assert "decisions" not in facts
+
+
+def test_threads_of_an_optimizer_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections: dict[str, Any] = {"parallel": {"plan": "zero2", "offload": "cpu"}}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = resolved(GPU_NODE, **sections)
+    assert found.num_threads == 32
+    (line,) = [line for line in found.decisions if line.startswith("OMP_NUM_THREADS")]
+    assert line.startswith("OMP_NUM_THREADS = 32: 64 cores / 2 processes: ")
+    monkeypatch.setenv("OMP_NUM_THREADS", "32")
+    assert line in resolved(GPU_NODE, **sections).decisions, "in the worker it reads the same"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    said = " ".join(resolved(GPU_NODE, **sections).decisions)
+    assert "OMP_NUM_THREADS = 7: as the environment says; 64 cores / 2 processes would be 32" in said
+    assert not any("OMP_NUM_THREADS" in line for line in resolved(GPU_NODE).decisions)
