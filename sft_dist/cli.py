@@ -109,7 +109,7 @@ def config(
     try:
         lines = resolve(loaded.config, this_machine()).decisions
     except ConfigError as error:
-        lines = (f"this machine cannot run it: {error.message}",)
+        lines = (f"this machine cannot run it: {error.message}", *([error.hint] if error.hint else []))
     for line in lines:
         print(f"# here: {line}")
 

@@ -10,6 +10,7 @@ from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, RunStopped, failure
 from sft_dist.files import write_json, write_text
+from sft_dist.parallel.heads import check_heads
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import this_world
 from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
@@ -85,6 +86,7 @@ def prove(config: Config, run: RunDir, resolved: Resolved) -> list[Example]:
 
     tokens = load_tokenizer(config.model)
     find_model(config.model)
+    check_heads(config)  # resolve() has asked already where the model's config.json was here by then
     prove_adapter(config.model, tokens, resolved.plan)
     prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
     sft_config(config, resolved, run, has_eval=prepared.eval is not None, engine=False)

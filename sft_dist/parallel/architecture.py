@@ -175,21 +175,27 @@ def _uncounted(name: str, kind: str, why: str) -> PreflightError:
 
 
 def find_architecture(model: ModelConfig) -> tuple[Architecture, str]:
-    """The architecture of the config's `model`, and where its numbers are from.
+    """The architecture of the config's `model`, and where its numbers are from. PreflightError if it is not known."""
+    tree, origin = find_config(model)
+    return read_architecture(tree, model.name), origin
 
-    Looks for config.json in a local directory, then in the Hub's cache on this machine, then among the packaged
-    numbers. Raises PreflightError if none of them knows the model.
+
+def find_config(model: ModelConfig) -> tuple[Mapping[str, Any], str]:
+    """What the model's config.json holds, and where it is from.
+
+    Looks for it in a local directory, then in the Hub's cache on this machine, then among the packaged numbers. Raises
+    PreflightError if none of them knows the model.
     """
     name = model.name
     folder = Path(name).expanduser()
     if not name.startswith("embedded:") and (folder / "config.json").is_file():
-        return read_architecture(_read(folder / "config.json"), name), str(folder / "config.json")
+        return _read(folder / "config.json"), str(folder / "config.json")
     cached = cached_config(name, model.revision)
     if cached is not None:
-        return read_architecture(_read(cached), name), "config.json in the Hub's cache"
+        return _read(cached), "config.json in the Hub's cache"
     known = packaged()
     if name in known:
-        return read_architecture(known[name], name), "packaged numbers"
+        return known[name], "packaged numbers"
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
     raise PreflightError(

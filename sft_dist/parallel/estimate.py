@@ -10,6 +10,7 @@ from sft_dist.config.schema import Config
 from sft_dist.parallel.architecture import Architecture, find_architecture
 from sft_dist.parallel.cost import StepTime, Work, step_time
 from sft_dist.parallel.hardware import GpuModel
+from sft_dist.parallel.heads import can_share, described, sizes
 from sft_dist.parallel.memory import Batch, GpuMemory, gpu_memory
 from sft_dist.parallel.plans import Layout
 from sft_dist.parallel.shares import GIB
@@ -169,13 +170,17 @@ def estimate(job: Job, cluster: Cluster, layout: Layout, micro: int) -> Estimate
         disk=disk_bytes(weights, layout, keep=config.checkpoint.keep, saves=saves, merge=merge),
         time=step_time(job.architecture, weights, layout, batch, work, gpu),
         steps=steps_of(config, rows.count),
-        refused=_refusal(config, layout, weights, micro),
+        refused=_refusal(job, layout, weights, micro),
     )
 
 
-def _refusal(config: Config, layout: Layout, weights: Weights, micro: int) -> str | None:
+def _refusal(job: Job, layout: Layout, weights: Weights, micro: int) -> str | None:
     """Why the layout cannot run, in words; config/rules_parallel.py cites the libraries."""
+    config, heads = job.config, (job.architecture.heads, job.architecture.kv_heads)
     total, devices, shared = config.train.global_batch_size, layout.data_parallel_size, layout.sequence_parallel_size
+    if not can_share(*heads, shared):
+        possible = ", ".join(map(str, sizes(*heads)))
+        return f"sequence_parallel_size {shared} cannot deal out {described(*heads)}, only {possible} can"
     if layout.world_size % shared:
         return f"sequence_parallel_size {shared} does not divide {layout.world_size} GPUs"
     if shared > 1 and layout.plan.engine != "deepspeed":

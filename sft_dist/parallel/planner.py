@@ -11,6 +11,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.parallel.compiling import counted_as_compiled
 from sft_dist.parallel.estimate import Cluster, Estimate, Job, estimate, job_of
 from sft_dist.parallel.hardware import GpuModel
+from sft_dist.parallel.heads import can_share, largest_below
 from sft_dist.parallel.plans import PLANS, Layout, Offload
 from sft_dist.parallel.shares import GIB
 from sft_dist.parallel.workload import Rows
@@ -227,6 +228,9 @@ def nothing_possible(job: Job, cluster: Cluster, candidates: Iterable[Estimate])
 def _way_out(job: Job, cluster: Cluster) -> str:
     """What to set where no plan can run, whatever the memory."""
     train, shared = job.config.train, job.config.parallel.sequence_parallel_size
+    heads = job.architecture.heads, job.architecture.kv_heads
+    if not can_share(*heads, shared):
+        return f"set parallel.sequence_parallel_size={largest_below(*heads, shared)}"
     micro = 1 if train.per_device_train_batch_size == "auto" else train.per_device_train_batch_size
     step = max(1, cluster.gpus_per_node * cluster.nodes // shared) * micro
     if train.global_batch_size % step:

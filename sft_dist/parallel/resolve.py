@@ -20,6 +20,7 @@ from sft_dist.parallel.decide import (
     decide_processes,
     decide_threads,
 )
+from sft_dist.parallel.heads import check_heads
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.plans import PLANS, Layout
 from sft_dist.parallel.resolved import Resolved
@@ -158,6 +159,7 @@ def _fitted(
     """`resolved` with plan, gradient checkpointing and micro batch decided: on GPUs by the planner."""
     config, layout, notes = resolved.config, resolved.layout, list(resolved.decisions)
     check_share(config, layout)
+    check_heads(config)
     asked = config.train.gradient_checkpointing
     choice = None if layout.use_cpu else _choice(resolved, machine, plan, longest, mean)
     if choice is not None:

@@ -74,3 +74,26 @@ def test_deepspeed_stage_2_takes_nvme_for_host_memory():
 
     source = inspect.getsource(DeepSpeedZeroOptimizer.__init__)
     assert "offload_optimizer_config.device != OffloadDeviceEnum.none:\n            self.cpu_offload = True" in source
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (28, 4), (9, 3), (12, 8), (8, 1)])
+def test_deepspeed_deals_out_heads_among_the_sizes_that_the_planner_allows(heads, kv_heads, monkeypatch):
+    """UlyssesSPAttentionHF.__init__, asked with a group of each size."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.sequence_parallel import ulysses_sp
+
+    from sft_dist.parallel.heads import sizes
+
+    def accepts(size):
+        monkeypatch.setattr(ulysses_sp.dist, "get_world_size", lambda group=None: size)
+        monkeypatch.setattr(ulysses_sp.dist, "get_rank", lambda group=None: 0)
+        monkeypatch.setattr(ulysses_sp, "register_all_to_all_group", lambda group: None)
+        attention = ulysses_sp.UlyssesSPAttentionHF
+        try:
+            attention(None, 1, heads, 64, kv_heads, 2, None, seq_length_is_variable=True)
+        except ValueError as error:
+            assert "ead count" in str(error), error
+            return False
+        return True
+
+    assert [size for size in range(1, heads + 1) if accepts(size)] == sizes(heads, kv_heads)

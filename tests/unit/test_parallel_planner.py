@@ -95,6 +95,17 @@ def test_shared_rows_are_deepspeeds() -> None:
     assert found.per_device_train_batch_size * found.gradient_accumulation_steps == 64
 
 
+def test_shared_rows_need_heads_that_can_be_dealt_out() -> None:
+    wanted = config("Qwen/Qwen2.5-7B", parallel={"sequence_parallel_size": 8})
+    with pytest.raises(ConfigError, match="no plan can run") as refused:
+        choose(wanted, 8, H100)
+    why = "sequence_parallel_size 8 cannot deal out 28 attention heads and 4 key/value heads, only 1, 2, 4, 28 can"
+    assert all(why in problem for problem in refused.value.problems)
+    assert refused.value.hint == "set parallel.sequence_parallel_size=4"
+    assert advice(job_of(wanted), EIGHT) == ["set parallel.sequence_parallel_size=4"]
+    assert choose(config("Qwen/Qwen2.5-7B", parallel={"sequence_parallel_size": 4}), 8, H100).fits
+
+
 def test_four_bit_weights_are_not_sharded() -> None:
     lora = {"name": LARGE, "lora": {"quantization": "nf4"}}
     found = choose(config(model=lora), 8, H100)

@@ -314,7 +314,7 @@ def test_processes_that_share_a_row_count_once() -> None:
     node = dataclasses.replace(SERVER, gpus=(H100,) * 8)
     found = resolved(
         node, parallel={"plan": "zero3", "sequence_parallel_size": 4}, train={"global_batch_size": 6},
-        model={"attn_implementation": "sdpa"},
+        model={"name": "Qwen/Qwen3-0.6B", "attn_implementation": "sdpa"},
     )  # fmt: skip
     assert (found.layout.world_size, found.layout.data_parallel_size) == (8, 2)
     assert found.per_device_train_batch_size * found.gradient_accumulation_steps == 3
