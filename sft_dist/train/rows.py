@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def filled(dataset: Dataset, multiple: int, token: int) -> Dataset:
     """`dataset` with rows of one untrained token at its end, until their number is a multiple of `multiple`.
 
-    accelerate would fill the last step from the first rows of the epoch instead, which are then trained twice, and
-    more of them the more processes there are. A filling row carries no loss, and the loss is divided by trained tokens.
+    accelerate would fill the last step (or batch of an evaluation) from the first rows instead, which then count twice,
+    and more of them the more processes there are. A filling row carries no loss, and the loss is divided by trained tokens.
     """
     from datasets import concatenate_datasets
 

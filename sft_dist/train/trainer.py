@@ -56,6 +56,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._parameters = 0
         self.filling = 0
         """Rows at the end of the training rows that only fill the last step of an epoch."""
+        # Of an evaluation, on the device: the sum of the trained tokens' losses, and how many they are.
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
         # Per mode, on the device: trained tokens, how many of them the model predicts, tokens.
         self._counts: dict[str, torch.Tensor] = {}
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -147,6 +149,42 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         part: torch.Tensor = value / self.accelerator.parallelism_config.sp_size
         return part + (value - part).detach()
 
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """As TRL's: the mean loss of a batch. It is noted with the trained tokens that it is the mean of."""
+        trained = inputs["targets"].numel() if "targets" in inputs else (inputs["labels"][:, 1:] != -100).sum()
+        value, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        count = torch.as_tensor(trained, dtype=torch.float64, device=value.device)
+        # TRL's own mean over no token at all is not a number.
+        self._evaluated += torch.stack([torch.where(count > 0, value.double() * count, 0.0), count])
+        return value, logits, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As transformers', but the loss is the mean over all trained tokens, whatever the batches and processes.
+
+        transformers 5.23 repeats each batch's mean for its rows and takes the mean of those, so that a token of a short
+        row counts more the fewer rows are beside it. Its `prediction_step` gets no `num_items_in_batch`
+        (huggingface/transformers, Trainer.evaluation_loop); can go when the loop weighs a batch by its tokens.
+        """
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total, tokens = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the counts of all processes since the last time to `logs`; every process must call it."""
         mode = "train" if self.model.training else "eval"
@@ -181,13 +219,16 @@ def build_trainer(
             MasterWeightAdamW,
             {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon},
         )
-    rows = filled(prepared.train, _rows_of_whole_steps(resolved), int(tokenizer.pad_token_id))
+    pad = int(tokenizer.pad_token_id)
+    rows, held_out = filled(prepared.train, _rows_of_whole_steps(resolved), pad), prepared.eval
+    if held_out is not None:
+        held_out = filled(held_out, arguments.per_device_eval_batch_size * resolved.layout.world_size, pad)
     try:
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=rows,
-            eval_dataset=prepared.eval,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=callbacks,
             **keywords,
