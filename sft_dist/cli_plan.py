@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sft_dist.cli_data import ConfigArgument, Overrides, load
+from sft_dist.rundir import runs_root
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -198,8 +199,6 @@ def _conclusion(
 
 def _free_bytes(job: Job) -> tuple[Path, int]:
     """The nearest folder that exists on the way to the run's, and the bytes free on its file system."""
-    from sft_dist.rundir import runs_root
-
     folder = runs_root(job.config.run.dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -208,8 +207,6 @@ def _free_bytes(job: Job) -> tuple[Path, int]:
 
 def _files(job: Job, chosen: Estimate) -> list[str]:
     """The paths that a run with this plan would write to."""
-    from sft_dist.rundir import runs_root
-
     run = runs_root(job.config.run.dir) / str(job.config.run.name)
     deepspeed = ["plan/deepspeed.json"] if chosen.layout.plan.engine == "deepspeed" else []
     saves = [] if job.config.checkpoint.save_strategy == "no" else ["checkpoints/checkpoint-N/"]
