@@ -89,14 +89,19 @@ def config(
         bool, typer.Option("--explain", help="Show for each field its value, origin and meaning.")
     ] = False,
     as_json: JsonFlag = False,
+    run_dir: Annotated[bool, typer.Option("--run-dir", help="Print only the folder that its run gets.")] = False,
 ) -> None:
     """Print the resolved config and what `auto` means here. Example: sft-dist config demo --explain"""
     from sft_dist.config.explain import explain as explained
     from sft_dist.config.loader import write_config
     from sft_dist.parallel.machine import this_machine
     from sft_dist.parallel.resolve import resolve
+    from sft_dist.rundir import runs_root
 
     loaded = load(config, overrides)
+    if run_dir:
+        print(runs_root(loaded.config.run.dir) / str(loaded.config.run.name))
+        return
     if as_json:
         print(loaded.config.model_dump_json(indent=2))
     elif explain:

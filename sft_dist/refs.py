@@ -13,6 +13,7 @@ from typing import Any
 from sft_dist.config.explain import json_schema
 from sft_dist.config.sft_fields import known_sft_fields, sft_config_fields
 from sft_dist.files import write_text
+from sft_dist.jobs.examples import example_files
 from sft_dist.parallel.launch_files import launch_files
 from sft_dist.parallel.table import planner_table
 
@@ -48,6 +49,7 @@ def light_files() -> dict[str, str]:
         "docs/sft-dist.schema.json": json.dumps(schema, indent=2) + "\n",
         "docs/planner.md": planner_table(),
         **launch_files(),
+        **example_files(),
     }
 
 

@@ -27,7 +27,10 @@ def main() -> int:
         killed = [(rank, it) for rank, it in error.failures.items() if it.exitcode < 0 and it.exitcode not in asked]
         for rank, failure in killed[:1]:
             reason = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-            RunDir(Path(os.environ[ATTEMPT_HELD])).write_status(state="failed", reason=reason, exit_status=1)
+            if ATTEMPT_HELD in os.environ:
+                RunDir(Path(os.environ[ATTEMPT_HELD])).write_status(state="failed", reason=reason, exit_status=1)
+            else:  # a job script of someone's own: the first worker keeps the record, if it is not the one
+                sys.stderr.write(f"error: {reason}\n")
         return 1
     except SignalException as error:
         return 128 + error.sigval

@@ -75,8 +75,12 @@ def setup_lines(slurm: SlurmConfig) -> list[str]:
 
 
 def teardown_lines(folder: Path) -> list[str]:
-    """Requeue on the host, where there is an scontrol, if the job's first task left the marker and nobody cancelled."""
-    marker = f'{shlex.quote(str(folder))}/requeue."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"'
+    """Requeue if the job's first task left the marker in `folder`."""
+    return requeue_lines(f'{shlex.quote(str(folder))}/requeue."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"')
+
+
+def requeue_lines(marker: str) -> list[str]:
+    """Requeue on the host, where there is an scontrol, if there is a `marker` (a word of shell) and nobody cancelled."""
     return [
         "rc=$?",
         f"marker={marker}",
