@@ -1,4 +1,4 @@
-"""The commands about runs that were started: `status`, `logs`, `cancel`."""
+"""The commands about runs that were started: `status`, `logs`, `cancel`, `sync`."""
 
 from __future__ import annotations
 
@@ -100,9 +100,43 @@ def cancel(
     typer.echo("\n".join(details(after)))
 
 
+def sync(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Names or directories of runs, or folders of runs; all if not given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Upload what wandb wrote on nodes without a network. Example: sft-dist sync demo"""
+    from sft_dist.errors import ConfigError, SftDistError
+    from sft_dist.jobs.status import look
+    from sft_dist.jobs.sync import recordings
+    from sft_dist.jobs.sync import sync as upload
+
+    chosen = _chosen(runs)
+    without = [run.name for run in chosen if not recordings(run)]
+    if runs and len(without) == len(chosen):
+        raise ConfigError(
+            f"nothing to sync in {', '.join(without) or ' '.join(runs)}: no logs/wandb/offline-run-*",
+            hint="runs write them with tracking.report_to=[wandb], in jobs, or with tracking.wandb_mode=offline",
+        )
+    live = [it.record.run.path for it in look(chosen)[0] if it.state == "running"]
+    results, complaint = upload(chosen, at_work=live)
+    if as_json:
+        typer.echo(json.dumps({"runs": [it.facts() for it in results], "error": complaint}, indent=2))
+    elif not results:
+        sys.stderr.write("nothing to sync: no run has offline files of wandb\n")
+    for it in () if as_json else results:
+        counts = {"uploaded": len(it.uploaded), "in use": len(it.in_use), "refused": len(it.refused)}
+        said = [f"{number} {what}" for what, number in counts.items() if number] or ["nothing new"]
+        typer.echo(" ".join([f"{it.run.name}: {', '.join(said)}", *([it.url] if it.url else [])]))
+    if complaint:
+        raise SftDistError(f"wandb did not upload everything: {complaint}", hint="what is missing is tried next time")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    for command in (status, logs, cancel):
+    for command in (status, logs, cancel, sync):
         app.command()(command)
 
 

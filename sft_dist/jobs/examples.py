@@ -21,7 +21,6 @@ from sft_dist.jobs.submit import OFFLINE
 
 # The variables that let torchrun's agent wait for workers that save.
 PATIENCE = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_SHUTDOWN_TIMEOUT")
-MARKER = '"$PWD/.requeue.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
 RESOURCES = Path(__file__).resolve().parents[1] / "resources"
 HERE = ("--standalone",)
 EVERYWHERE = (
@@ -97,6 +96,14 @@ WHY = {
     "requeue": "Also when a node fails, which some clusters do not do by themselves.",
 }
 
+REQUEUES = """\
+# How often the job may go back into the queue.
+export MAX_REQUEUES=@MAX@
+# The first task leaves this file if the job is to be requeued, which needs SLURM's commands: not there in an image.
+export MARKER="$PWD/.requeue.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+rm -f .requeue."$SLURM_JOB_ID".*
+"""
+
 CLUSTER = """\
 # What your cluster needs:
 # module load cuda
@@ -161,22 +168,18 @@ def _text(name: str, example: Example) -> str:
     options = example_options(example)
     start = ['srun "${on_srun[@]}"', '"${inside[@]}"'] if example.container else ["srun"]
     srun = " ".join([start[0], *options["srun_args"], *start[1:]])
+    usage = f'if [ "$#" != 1 ]; then echo "usage: sbatch [OPTIONS] {name}.sbatch CONFIG|RUN" >&2; exit 2; fi\n'
+    start_all = f'{srun} bash -c "$(declare -f node); node \\"\\$1\\"" bash "$1"\n'
     parts = [
         "#!/bin/bash\n" + "\n".join(_head(name, example)) + "\n",
         "\n".join(_options(options, example)) + "\n",
-        f'if [ "$#" != 1 ]; then echo "usage: sbatch [OPTIONS] {name}.sbatch CONFIG|RUN" >&2; exit 2; fi\n'
-        "# How often the job may go back into the queue.\n"
-        f"export MAX_REQUEUES={example.max_requeues}\n"
-        "# The first task leaves this file if the job is to be requeued, which needs SLURM's commands: not there in an image.\n"
-        f"export MARKER={MARKER}\n"
-        'rm -f .requeue."$SLURM_JOB_ID".*\n',
+        usage + REQUEUES.replace("@MAX@", str(example.max_requeues)),
         CLUSTER + (NETWORK if example.nodes_meet else ""),
         "\n".join(_environment()) + "\n",
         *([MEETING] if example.nodes_meet else []),
         *([IMAGE] if example.container else []),
         (RESOURCES / "sbatch" / "node.sh").read_text(encoding="utf-8"),
-        "# A task that fails takes the others with it, and one that has left does not keep them.\n"
-        f'{srun} bash -c "$(declare -f node); node \\"\\$1\\"" bash "$1"\n',
+        "# A task that fails takes the others with it, and one that has left does not keep them.\n" + start_all,
         "\n".join(requeue_lines('"$MARKER"')) + "\n",
     ]
     values = {"NAME": name, "FIRST": str(FIRST_PORT), "COUNT": str(LAST_PORT + 1 - FIRST_PORT)}

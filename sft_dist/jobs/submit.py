@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,14 +117,6 @@ def job_numbers(names: Sequence[str]) -> list[str]:
     return found
 
 
-def wandb_run_id(run: RunDir) -> str:
-    """The tracker's name of the run; kept, so that a requeued job goes on with the same curve."""
-    path = slurm_folder(run) / "wandb_run_id"
-    if not path.is_file():
-        write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text(encoding="utf-8").strip()
-
-
 def _options(part: Part, folder: Path, after: Sequence[str]) -> dict[str, Any]:
     options = sbatch_options(part.config, folder, tasks_per_node=part.tasks_per_node, nodes=part.nodes, after=after)
     if part.kind != "run":
@@ -154,10 +145,8 @@ def _spec(part: Part, folder: Path) -> dict[str, Any]:
     """What the node needs to know beyond the run directory: plain values, no secrets."""
     config, slurm = part.config, part.config.slurm
     env = dict.fromkeys(OFFLINE, "1")
-    if "wandb" in config.tracking.report_to:
-        env |= {"WANDB_RUN_ID": wandb_run_id(part.run), "WANDB_RESUME": "allow"}
-        if config.tracking.wandb_mode is None:
-            env["WANDB_MODE"] = "offline"
+    if "wandb" in config.tracking.report_to and config.tracking.wandb_mode is None:
+        env["WANDB_MODE"] = "offline"
     return {
         "run": str(part.run.path.absolute()),
         "folder": str(folder),

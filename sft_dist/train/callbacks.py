@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sft_dist.config.schema import Config
 from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl
+from sft_dist.jobs.sync import wandb_run_id
 from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import rotate, write_manifest
 from sft_dist.train.forecast import write_measurements
@@ -185,16 +186,21 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
 
 
 def trackers(config: Config, run: RunDir) -> list[TrainerCallback]:
-    """transformers' own integrations for `tracking.report_to`, guarded; one that is not installed is named and left out."""
+    """transformers' own integrations for `tracking.report_to`, guarded; one that is not installed is named and left out.
+
+    What they write lands in the run's folder, and each attempt at a run goes on with the same run of wandb.
+    """
     from transformers.integrations import get_reporting_integration_callbacks
 
     defaults = {
         "WANDB_PROJECT": config.tracking.project,
-        "WANDB_DIR": str(run.logs),
         "WANDB_NAME": run.name,
         "TENSORBOARD_LOGGING_DIR": str(run.logs / "tensorboard"),
         **({"WANDB_MODE": config.tracking.wandb_mode} if config.tracking.wandb_mode else {}),
     }
+    if "wandb" in config.tracking.report_to:
+        defaults |= {"WANDB_RUN_ID": wandb_run_id(run), "WANDB_RESUME": "allow"}
+        os.environ["WANDB_DIR"] = str(run.logs)  # whatever the user's shell says: `sync` looks for it here
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     run.logs.mkdir(parents=True, exist_ok=True)

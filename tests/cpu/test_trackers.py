@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,25 @@ def test_wandb_offline_writes_into_the_runs_logs(new_run: NewRun, monkeypatch: p
     files = list((run.logs / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1
     assert files[0].stat().st_size > 0
+
+
+def test_every_attempt_is_the_same_run_of_wandb_in_the_runs_folder(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import os
+
+    from sft_dist.config.loader import load_run_config
+    from sft_dist.train.callbacks import trackers
+
+    run = new_run("tracking.report_to=[wandb]")
+    names = []
+    for _ in range(2):
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+        trackers(load_run_config(run.config), run)
+        assert (os.environ["WANDB_DIR"], os.environ["WANDB_RESUME"]) == (str(run.logs), "allow")
+        names.append(os.environ["WANDB_RUN_ID"])
+    assert names[0] == names[1]
 
 
 def test_the_environment_goes_before_the_config(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
