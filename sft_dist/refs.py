@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.explain import json_schema
+from sft_dist.config.profile_example import profile_file
 from sft_dist.config.sft_fields import known_sft_fields, sft_config_fields
 from sft_dist.files import write_text
 from sft_dist.jobs.examples import example_files
@@ -50,6 +51,7 @@ def light_files() -> dict[str, str]:
         "docs/planner.md": planner_table(),
         **launch_files(),
         **example_files(),
+        "slurm/profile.yaml": profile_file(),
     }
 
 

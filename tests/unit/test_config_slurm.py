@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from sft_dist.config.loader import load_config, load_run_config, write_config
+from sft_dist.config.profile_example import profile_file
 from sft_dist.config.resubmit import with_slurm
 from sft_dist.config.rules_slurm import gpus_of, minutes
 from sft_dist.config.schema_slurm import SlurmConfig
+from sft_dist.config.yaml12 import parse_yaml
 from sft_dist.errors import ConfigError
 
 
@@ -98,3 +101,16 @@ def test_a_run_changes_only_how_it_is_submitted(tmp_path: Path) -> None:
     assert load_run_config(tmp_path) == changed
     with pytest.raises(ConfigError, match="train   cannot change"):
         with_slurm(config, ["train.max_steps=3"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_profile_to_copy_can_be_used_as_it_is_and_with_every_field(whole: bool, tmp_path: Path) -> None:
+    text = profile_file()
+    if whole:
+        text = re.sub(r"^#(?=\S|  )", "", text, flags=re.MULTILINE)
+        assert parse_yaml(text, "profile").keys() == SlurmConfig.model_fields.keys() - {"profile"}
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.yaml").write_text(text, encoding="utf-8")
+    slurm = load_config("smoke", ["slurm.profile=site"]).config.slurm
+    assert (slurm.partition, slurm.account) == ("gpu", "my-project")
+    assert (slurm.master_addr == "{host}-ib") == whole
