@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sft_dist.cli_data import load
+from sft_dist.cli_runs import existing, made_run, new_run, ready_again, swept
 from sft_dist.errors import ConfigError, RunStopped, SftDistError
 
 if TYPE_CHECKING:
-    from sft_dist.config.loader import LoadedConfig
     from sft_dist.config.schema import Config
     from sft_dist.jobs.submit import Part
     from sft_dist.rundir import RunDir
@@ -72,7 +69,7 @@ def submit(
         submitted += [(part.run, number) for part, number in zip(parts, ids, strict=True)]
     for source in sources if not array else []:
         previous = numbers
-        for part in _parts(_made(source, overrides, overwrite=overwrite, local=local), chain=chain):
+        for part in _parts(made_run(source, overrides, overwrite=overwrite, local=local), chain=chain):
             previous = hand_over([part], folder=slurm_folder(part.run), after=previous, local=local)
             submitted.append((part.run, previous[0]))
     for run, number in submitted:
@@ -81,97 +78,17 @@ def submit(
         _follow(submitted, local=local)
 
 
-def _made(source: str, overrides: Sequence[str], *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
-    """The run to submit: a new one of a config, or the stopped one that `source` names."""
-    run = _existing(source)
-    if run is not None:
-        return run, _ready_again(run, overrides)
-    return _new(load(source, list(overrides)), overwrite=overwrite, local=local)
-
-
-def _new(loaded: LoadedConfig, *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
-    from sft_dist.jobs.resources import job_machine, resolve_for_job
-    from sft_dist.stages import new_run
-
-    if local and loaded.config.slurm.nodes > 1:
-        raise ConfigError(f"slurm.nodes is {loaded.config.slurm.nodes}, but --local has one", hint="add slurm.nodes=1")
-    resolved = resolve_for_job(loaded.config)
-    note = job_machine(loaded.config)[1]
-    for line in [*([note] if note else []), *resolved.decisions]:
-        log.info("%s", line)
-    return new_run(loaded, overwrite=overwrite, resolved=resolved), loaded.config
-
-
-def _existing(source: str) -> RunDir | None:
-    """The run that `source` is the folder of, or, where no config has that name, the name of."""
-    from sft_dist.config.loader import list_recipes
-    from sft_dist.rundir import RunDir, find_run
-
-    if (Path(source) / "config.yaml").is_file():
-        return RunDir(Path(source))
-    if Path(source).exists() or source in list_recipes():
-        return None
-    try:
-        return find_run(source)
-    except ConfigError:
-        return None  # the loader says what there is
-
-
-def _ready_again(run: RunDir, overrides: Sequence[str]) -> Config:
-    """The config of a run to go on with, `slurm` changed by `overrides`. Raises ConfigError if it is at work or done."""
-    from sft_dist.config.loader import load_run_config, write_config
-    from sft_dist.config.resubmit import with_slurm
-    from sft_dist.files import write_text
-    from sft_dist.jobs.queue import ask_queue
-    from sft_dist.jobs.submit import last_job
-
-    state = run.read_status().get("state")
-    if state == "done" and (run.model / "DONE").is_file():
-        raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {run.path}")
-    number = last_job(run)
-    job = ask_queue([number] if number else []).jobs.get(number or "")
-    if run.held() or (job is not None and job.phase != "ended"):
-        what = f"job {number} is {job.state}" if job is not None and job.phase != "ended" else "a process works on it"
-        raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.path}")
-    config = with_slurm(load_run_config(run.config), overrides)
-    if overrides:
-        write_text(run.config, write_config(config))
-    return config
-
-
 def _sweep(source: str, overrides: Sequence[str], array: Sequence[str], *, overwrite: bool) -> list[Part]:
     """A run for each combination of the values; none is left behind if one of them cannot run."""
     made: list[tuple[RunDir, Config]] = []
     try:
-        for loaded in _swept(source, overrides, array):
-            made.append(_new(loaded, overwrite=overwrite))
+        for loaded in swept(source, overrides, array):
+            made.append(new_run(loaded, overwrite=overwrite))
     except BaseException:
         for run, _ in made:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
     return [part for one in made for part in _parts(one, chain=False)]
-
-
-def _swept(source: str, overrides: Sequence[str], array: Sequence[str]) -> Iterator[LoadedConfig]:
-    from sft_dist.config.yaml12 import parse_yaml
-
-    axes: list[list[tuple[str, Any]]] = []
-    for word in array:
-        key, equals, text = word.partition("=")
-        values = parse_yaml(f"[{text}]", "--array") if equals else None
-        if not values:
-            raise ConfigError(f"--array {word} is not KEY=VALUE,VALUE", hint="--array train.learning_rate=1e-5,2e-5")
-        if key.startswith(("slurm.", "run.")):
-            raise ConfigError(
-                f"--array {key}: the jobs of an array have the same slurm section, and names of their own"
-            )
-        axes.append([(key, value) for value in values])
-    name = str(load(source, list(overrides)).config.run.name)
-    for point in itertools.product(*axes):
-        words = [f"{key.rpartition('.')[2]}-{value}" for key, value in point]
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([name, *words])).strip("-.")[:120]
-        fields = [f"{key}={json.dumps(value)}" for key, value in point]
-        yield load(source, [*overrides, *fields, f"run.name={json.dumps(slug)}"])
 
 
 def _parts(made: tuple[RunDir, Config], *, chain: bool) -> Iterator[Part]:
@@ -196,11 +113,11 @@ def _dry_parts(
     from sft_dist.rundir import RunDir, runs_root
 
     for source in sources:
-        existing = _existing(source)
-        if existing is not None:
-            yield from _parts((existing, _ready_again(existing, [])), chain=chain)
+        stopped = existing(source)
+        if stopped is not None:
+            yield from _parts((stopped, ready_again(stopped, [])), chain=chain)
             continue
-        for loaded in _swept(source, overrides, array) if array else [load(source, list(overrides))]:
+        for loaded in swept(source, overrides, array) if array else [load(source, list(overrides))]:
             run = RunDir(runs_root(loaded.config.run.dir) / str(loaded.config.run.name))
             yield from _parts((run, loaded.config), chain=chain)
 

@@ -193,6 +193,11 @@ def runs_root(configured: str | None = None) -> Path:
     return Path(configured or os.environ.get("SFT_DIST_RUNS") or "runs").expanduser()
 
 
+def cache_root() -> Path:
+    """The folder of everything that can be made again: $SFT_DIST_CACHE, else ~/.cache/sft-dist."""
+    return Path(os.environ.get("SFT_DIST_CACHE") or Path.home() / ".cache" / "sft-dist").expanduser()
+
+
 def refuse_existing(root: Path, name: str) -> None:
     """Raise ConfigError, with the choices that there are, if `root/name` already holds anything."""
     check_run_name(name)

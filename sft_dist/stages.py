@@ -42,7 +42,8 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False, resolved: Resolved
         raise ConfigError("data.train is not set", hint="set it to a JSONL file, a dataset's name or {task: tickets}")
     from sft_dist.evaluate.compare import write_held_out
 
-    held_out = prove(config, RunDir(root / name), resolved) if resolved else prove_here(config, RunDir(root / name))
+    planned = RunDir(root / name)
+    held_out = prove(config, planned, resolved, for_job=True) if resolved else prove_here(config, planned)
     run = create_run(root, name, overwrite=overwrite)
     write_json(run.provenance, loaded.provenance)
     write_held_out(run, held_out)
@@ -68,10 +69,11 @@ def prove_here(config: Config, run: RunDir) -> list[Example]:
     return prove(config, run, resolve_here(config))
 
 
-def prove(config: Config, run: RunDir, resolved: Resolved) -> list[Example]:
+def prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool = False) -> list[Example]:
     """Check TRL's arguments and the model's files, prepare the rows; returns the held-out ones.
 
-    Takes seconds and writes only to the cache. Raises ConfigError, PreflightError or DataError, as the run would later.
+    Takes seconds and writes only to the cache; `for_job` fetches the weights, too: nodes may have no network. Raises
+    ConfigError, PreflightError or DataError, as the run would later.
     """
     from sft_dist.train.settle import needs_packages
 
@@ -80,13 +82,15 @@ def prove(config: Config, run: RunDir, resolved: Resolved) -> list[Example]:
     from sft_dist.evaluate.compare import held_out_rows
     from sft_dist.train.adapter import prove_adapter
     from sft_dist.train.arguments import sft_config
-    from sft_dist.train.model import find_model
+    from sft_dist.train.model import fetch_model, find_model
     from sft_dist.train.pretrained import cache_root
     from sft_dist.train.tokenizer import load_tokenizer
 
     tokens = load_tokenizer(config.model)
     find_model(config.model)
     check_heads(config)  # resolve() has asked already where the model's config.json was here by then
+    if for_job:
+        fetch_model(config.model)
     prove_adapter(config.model, tokens, resolved.plan)
     prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
     sft_config(config, resolved, run, has_eval=prepared.eval is not None, engine=False)

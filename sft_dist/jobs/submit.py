@@ -19,6 +19,7 @@ from sft_dist.errors import ConfigError, PreflightError, SftDistError
 from sft_dist.files import read_json, utc_now, write_json, write_text
 from sft_dist.jobs.board import board_file
 from sft_dist.jobs.node import NodeJob
+from sft_dist.jobs.offline import caches
 from sft_dist.jobs.queue import is_job_id, local_cluster
 from sft_dist.jobs.script import sbatch_options, script_text, setup_lines
 from sft_dist.rundir import RunDir, find_run
@@ -144,7 +145,7 @@ def _local_options(part: Part, folder: Path) -> dict[str, Any]:
 def _spec(part: Part, folder: Path) -> dict[str, Any]:
     """What the node needs to know beyond the run directory: plain values, no secrets."""
     config, slurm = part.config, part.config.slurm
-    env = dict.fromkeys(OFFLINE, "1")
+    env = {**dict.fromkeys(OFFLINE, "1"), **caches()}
     if "wandb" in config.tracking.report_to and config.tracking.wandb_mode is None:
         env["WANDB_MODE"] = "offline"
     return {

@@ -12,7 +12,6 @@ import re
 import socket
 import subprocess
 import sys
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sft_dist.errors import PreflightError, SftDistError
-from sft_dist.files import write_text
 from sft_dist.rundir import RunDir
 
 # The worker makes its recordings in logs/; scripts of someone's own may have let wandb write where it wants.
@@ -81,14 +79,6 @@ class Synced:
         """As JSON."""
         paths = {name: [str(path) for path in getattr(self, name)] for name in ("uploaded", "in_use", "refused")}
         return {"run": self.run.name, "path": str(self.run.path), **paths, "before": self.before, "url": self.url}
-
-
-def wandb_run_id(run: RunDir) -> str:
-    """wandb's name of the run; kept in its folder, so that each further attempt goes on with the same curve."""
-    path = run.logs / "wandb_run_id"
-    if not path.is_file():
-        write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def recordings(run: RunDir) -> list[Recording]:

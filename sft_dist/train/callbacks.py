@@ -6,14 +6,14 @@ import logging
 import os
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_dist.config.schema import Config
-from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl
-from sft_dist.jobs.sync import wandb_run_id
+from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl, write_text
 from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import rotate, write_manifest
 from sft_dist.train.forecast import write_measurements
@@ -183,6 +183,14 @@ class Guarded(TrainerCallback):  # type: ignore[misc]
                 log.warning("%s failed and is off for the rest of this run; training goes on: %s", self.name, error)
 
         return call
+
+
+def wandb_run_id(run: RunDir) -> str:
+    """wandb's name of the run; kept in its folder, so that each further attempt goes on with the same curve."""
+    path = run.logs / "wandb_run_id"
+    if not path.is_file():
+        write_text(path, uuid.uuid4().hex[:12] + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def trackers(config: Config, run: RunDir) -> list[TrainerCallback]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_dist.config.schema import ModelConfig
+from sft_dist.errors import PreflightError
+from sft_dist.files import read_json
 from sft_dist.train.adapter import nf4
 from sft_dist.train.pretrained import resolve_model
 from sft_dist.train.tokenizer import RunTokenizer, missing_model
@@ -26,6 +28,49 @@ def find_model(model: ModelConfig) -> None:
             raise OSError("no *.safetensors in it")
     except (OSError, ValueError, ImportError) as error:
         raise missing_model(model, source, "model", error) from None
+
+
+def fetch_model(model: ModelConfig) -> None:
+    """Bring the model's weights to where nodes without a network find them: the local cache of the Hub.
+
+    Raises PreflightError that names what is missing, of a local directory's files, too.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetched(*patterns: str) -> Path:
+        # What transformers reads stands at the top; below may be the same weights in other forms.
+        folder = snapshot_download(
+            source, revision=model.revision, allow_patterns=list(patterns), ignore_patterns="*/*"
+        )
+        return Path(folder)
+
+    source = resolve_model(model.name)
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = fetched("*.safetensors", "*.json", "*.py")
+            if not [*folder.glob("*.safetensors*")]:
+                folder = fetched("*.bin")
+        except Exception as error:
+            # A dozen kinds: no network, offline mode, gated, unknown name or revision, no space.
+            raise missing_model(model, source, "model", error) from None
+    missing = missing_weights(folder)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise PreflightError(
+            f"model.name is {model.name!r}, but of its weights {', '.join(missing[:3])}{more} is not in {folder}",
+            hint="nodes fetch nothing: complete it here, where there is a network, with `hf download NAME` (same HF_HOME)",
+        )
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Names of the weight files that a model's folder should hold by its index, or by custom, and does not."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        listed = read_json(folder / index)
+        if listed is not None:
+            return sorted(name for name in set(listed["weight_map"].values()) if not (folder / name).is_file())
+    there = [path for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}") if path.is_file()]
+    return [] if there else ["model.safetensors"]
 
 
 def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_implementation: str) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +12,18 @@ from typing import TYPE_CHECKING
 from sft_dist.data.hub import prefer_cache_without_network
 from sft_dist.errors import PreflightError
 from sft_dist.files import publish_dir
+from sft_dist.rundir import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["cache_root", "resolve_model"]
 
 log = logging.getLogger(__name__)
 EMBEDDED = "embedded:"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Raised when the way in which an embedded model is built changes, so that no cache serves the old one.
 FORMAT = "1"
-
-
-def cache_root() -> Path:
-    """The folder of everything that can be made again: $SFT_DIST_CACHE, else ~/.cache/sft-dist."""
-    return Path(os.environ.get("SFT_DIST_CACHE") or Path.home() / ".cache" / "sft-dist").expanduser()
 
 
 def resolve_model(name: str) -> str:

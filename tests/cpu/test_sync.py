@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sft_dist.jobs.sync import recordings, wandb_run_id
+from sft_dist.jobs.sync import recordings
 from sft_dist.rundir import RunDir
+from sft_dist.train.callbacks import wandb_run_id
 
 if TYPE_CHECKING:
     from tests.conftest import RunCli

@@ -15,7 +15,7 @@ from sft_dist.config.loader import write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import SftDistError, explained
 from sft_dist.jobs import sync as module
-from sft_dist.jobs.sync import PROXIES, recordings, wandb_run_id
+from sft_dist.jobs.sync import PROXIES, recordings
 from sft_dist.rundir import RunDir
 
 # Uploads what REFUSE does not name, marks it as wandb does, and ends with 0 whatever happens, as wandb does.
@@ -209,9 +209,3 @@ def test_no_wandb(sync: Sync, new_run: Callable[..., RunDir], monkeypatch: pytes
     code, _, err = sync()
     assert code == 3
     assert "pip install 'sft-dist[wandb]'" in err
-
-
-def test_the_name_of_a_run_stays(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    assert wandb_run_id(run) == wandb_run_id(RunDir(tmp_path))
-    assert len(wandb_run_id(run)) == 12

@@ -1,0 +1,132 @@
+"""The runs that `sft-dist submit` hands over: new ones, proven for the nodes that they will get, or stopped ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.cli_data import load
+from sft_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sft_dist.config.loader import LoadedConfig
+    from sft_dist.config.schema import Config
+    from sft_dist.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+def made_run(source: str, overrides: Sequence[str], *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
+    """The run to submit: a new one of a config, or the stopped one that `source` names."""
+    run = existing(source)
+    if run is not None:
+        return run, _proven_again(run, ready_again(run, overrides))
+    return new_run(load(source, list(overrides)), overwrite=overwrite, local=local)
+
+
+def new_run(loaded: LoadedConfig, *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
+    """A run of this config, proven; its decisions are logged. Raises what `stages.new_run` raises."""
+    from sft_dist.jobs.offline import take_caches_of_job
+    from sft_dist.jobs.resources import job_machine, resolve_for_job
+    from sft_dist.stages import new_run as create
+
+    if local and loaded.config.slurm.nodes > 1:
+        raise ConfigError(f"slurm.nodes is {loaded.config.slurm.nodes}, but --local has one", hint="add slurm.nodes=1")
+    take_caches_of_job(loaded.config)
+    resolved = resolve_for_job(loaded.config)
+    note = job_machine(loaded.config)[1]
+    for line in [*([note] if note else []), *resolved.decisions]:
+        log.info("%s", line)
+    run = create(loaded, overwrite=overwrite, resolved=resolved)
+    if not local:
+        _warn_of_own_disks(loaded.config, run)
+    return run, loaded.config
+
+
+def _proven_again(run: RunDir, config: Config) -> Config:
+    """`config` of a stopped run, once it is known that what its nodes need is still here."""
+    from sft_dist.jobs.offline import take_caches_of_job
+    from sft_dist.jobs.resources import resolve_for_job
+    from sft_dist.stages import prove
+
+    take_caches_of_job(config)
+    prove(config, run, resolve_for_job(config), for_job=True)
+    return config
+
+
+def _warn_of_own_disks(config: Config, run: RunDir) -> None:
+    """Only a warning: a cluster of one machine shares every disk with itself."""
+    from sft_dist.jobs.offline import out_of_sight
+
+    hidden = out_of_sight(config, run)
+    if hidden:
+        log.warning(
+            "on this host's own disk, where other nodes do not look: %s; choose a shared one by run.dir, SFT_DIST_CACHE "
+            "and HF_HOME",
+            ", ".join(hidden),
+        )
+
+
+def existing(source: str) -> RunDir | None:
+    """The run that `source` is the folder of, or, where no config has that name, the name of."""
+    from sft_dist.config.loader import list_recipes
+    from sft_dist.rundir import RunDir, find_run
+
+    if (Path(source) / "config.yaml").is_file():
+        return RunDir(Path(source))
+    if Path(source).exists() or source in list_recipes():
+        return None
+    try:
+        return find_run(source)
+    except ConfigError:
+        return None  # the loader says what there is
+
+
+def ready_again(run: RunDir, overrides: Sequence[str]) -> Config:
+    """The config of a run to go on with, `slurm` changed by `overrides`. Raises ConfigError if it is at work or done."""
+    from sft_dist.config.loader import load_run_config, write_config
+    from sft_dist.config.resubmit import with_slurm
+    from sft_dist.files import write_text
+    from sft_dist.jobs.queue import ask_queue
+    from sft_dist.jobs.submit import last_job
+
+    state = run.read_status().get("state")
+    if state == "done" and (run.model / "DONE").is_file():
+        raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {run.path}")
+    number = last_job(run)
+    job = ask_queue([number] if number else []).jobs.get(number or "")
+    if run.held() or (job is not None and job.phase != "ended"):
+        what = f"job {number} is {job.state}" if job is not None and job.phase != "ended" else "a process works on it"
+        raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.path}")
+    config = with_slurm(load_run_config(run.config), overrides)
+    if overrides:
+        write_text(run.config, write_config(config))
+    return config
+
+
+def swept(source: str, overrides: Sequence[str], array: Sequence[str]) -> Iterator[LoadedConfig]:
+    """The config of each combination of `KEY=V1,V2` values, named NAME-KEY-VALUE. Raises ConfigError."""
+    from sft_dist.config.yaml12 import parse_yaml
+
+    axes: list[list[tuple[str, Any]]] = []
+    for word in array:
+        key, equals, text = word.partition("=")
+        values = parse_yaml(f"[{text}]", "--array") if equals else None
+        if not values:
+            raise ConfigError(f"--array {word} is not KEY=VALUE,VALUE", hint="--array train.learning_rate=1e-5,2e-5")
+        if key.startswith(("slurm.", "run.")):
+            raise ConfigError(
+                f"--array {key}: the jobs of an array have the same slurm section, and names of their own"
+            )
+        axes.append([(key, value) for value in values])
+    name = str(load(source, list(overrides)).config.run.name)
+    for point in itertools.product(*axes):
+        words = [f"{key.rpartition('.')[2]}-{value}" for key, value in point]
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([name, *words])).strip("-.")[:120]
+        fields = [f"{key}={json.dumps(value)}" for key, value in point]
+        yield load(source, [*overrides, *fields, f"run.name={json.dumps(slug)}"])
