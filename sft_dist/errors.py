@@ -5,7 +5,9 @@
     ├── PreflightError        3   the run would not start here
     ├── DataError             4   a data file or row cannot be used
     ├── CheckpointError       5   a checkpoint or an export is missing or damaged
-    └── RunStopped           75   stopped early, resumable
+    ├── NumbersError          1   the loss or a gradient is not finite
+    ├── RunStopped           75   stopped early, resumable
+    └── WorkersFailed        its  another process failed, and says why itself
 
 The library raises; only `sft_dist.cli` turns an exception into an exit status.
 """
@@ -23,6 +25,8 @@ class SftDistError(Exception):
     """
 
     exit_code = 1
+    kind: str | None = None
+    """The class of the failure, where the error tells it: one of those in docs/failures.md."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -37,6 +41,7 @@ class ConfigError(SftDistError):
     """One or more wrong values in a config; `problems` holds a line for each, with its dotted path."""
 
     exit_code = 2
+    kind = "config"
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str | None = None) -> None:
         super().__init__("\n  ".join([message, *problems]), hint=hint)
@@ -47,18 +52,27 @@ class PreflightError(SftDistError):
     """Something that the run needs (a package, a model, the network, a device) is missing here."""
 
     exit_code = 3
+    kind = "config"
 
 
 class DataError(SftDistError):
     """A data source, or a row in it, cannot be used; the message names file and line."""
 
     exit_code = 4
+    kind = "data"
 
 
 class CheckpointError(SftDistError):
     """A checkpoint or an export is missing, incomplete or damaged."""
 
     exit_code = 5
+    kind = "checkpoint"
+
+
+class NumbersError(SftDistError):
+    """The loss or a gradient is not finite."""
+
+    kind = "numbers"
 
 
 class RunStopped(SftDistError):
@@ -67,7 +81,11 @@ class RunStopped(SftDistError):
     exit_code = 75
 
 
-class SaidBefore(SftDistError):
+class WorkersFailed(SftDistError):
+    """The failure of another process; the message is what it left."""
+
+
+class SaidBefore(WorkersFailed):
     """The failure of another process, which has explained it on stderr already."""
 
 
@@ -76,7 +94,7 @@ def failure(message: str, exit_code: int) -> SftDistError:
 
     With another status than 1 it ended with one of the errors above, and has said so.
     """
-    error = SftDistError(message) if exit_code == 1 else SaidBefore(message)
+    error = WorkersFailed(message) if exit_code == 1 else SaidBefore(message)
     error.exit_code = exit_code
     return error
 

@@ -5,16 +5,13 @@ runs/NAME/
   plan/accelerate.yaml  plan/deepspeed.json  the plan's settings, as accelerate and DeepSpeed read them
   plan/deepspeed_given.json                  the DeepSpeed file of `accelerate launch`, which stands over the plan's settings
   plan/predicted.json  plan/measured.json    what the planner said of GPU memory and time, and what it was
-  status.json                                state: queued|running|stopped|failed|done; step, max_steps, reason, attempt
-  attempts.jsonl  metrics.jsonl              one line an attempt; one line a log event
-  data/ledger.json                           rows and tokens in, dropped and why
+  status.json  attempts.jsonl                state: queued|running|stopped|failed|done, step, reason; one line an attempt
+  metrics.jsonl  data/ledger.json            one line a log event; rows and tokens in, dropped and why
   checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
-  eval/held_out.jsonl                        the rows that both models are scored on
-  eval/before.jsonl  eval/after.jsonl  scores.json
+  eval/held_out.jsonl                        the rows that both models are scored on: before.jsonl, after.jsonl, scores.json
   model/                                     final weights, tokenizer, model card, DONE
-  model/adapter/                             of a LoRA run: the adapter alone, for peft (and no weights beside it if
-                                             model.lora.merge is false)
-  report.html  loss.png  logs/
+  model/adapter/                             of a LoRA run: the adapter, for peft; alone if model.lora.merge is false
+  report.html  loss.png  logs/               logs/failed/ATTEMPT-*.json: what each process that failed left
   slurm/job.json                             the jobs that were submitted for it
   .lock                                      the process that works on it; empty of meaning when nobody holds it
   .cancelled                                 `cancel` was called: nothing requeues it until `resume` or `submit`

@@ -102,7 +102,8 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
 
     Raises RunStopped when asked to stop, with what is done kept; any other failure is on record in status.json.
     """
-    from sft_dist.jobs.requeue import settler
+    from sft_dist.jobs.last_words import leaving_words
+    from sft_dist.jobs.requeue import Settler
     from sft_dist.train.attempt import attempt
     from sft_dist.train.settle import needs_packages, record_environment, resolve_here
 
@@ -114,7 +115,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         "after": config.evaluate.after and not (run.eval / "after.jsonl").is_file(),
     }
     parts = [part for part in due if due[part] and (place is None or part in place.parts)]
-    with attempt(run, settler(run, place) if place else None) as current:
+    with attempt(run, Settler(run, place)) as current, leaving_words(run):
         current.complete = all(part in parts for part in due if due[part])
         resolved = resolve_here(config, nodes=len(place.nodes) if place else 1, run=run)
         needs_packages(config, resolved)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.errors import SftDistError, exit_status, explained
+from sft_dist.jobs.last_words import leaving_words
 from sft_dist.logs import log_to_stderr
 from sft_dist.rundir import RunDir
 
@@ -23,12 +24,13 @@ def main(arguments: list[str]) -> int:
         from sft_dist.train.settle import resolve_here
 
         run = RunDir(Path(arguments[0]))
-        config = load_run_config(run.config)
-        resolved = resolve_here(one_process(config))
-        from sft_dist.evaluate.compare import evaluate_model, load_for
+        with leaving_words(run, 0):
+            config = load_run_config(run.config)
+            resolved = resolve_here(one_process(config))
+            from sft_dist.evaluate.compare import evaluate_model, load_for
 
-        when: Literal["before", "after"] = "before" if arguments[1] == "before" else "after"
-        evaluate_model(config, run, load_for(config, run, resolved, when), when)
+            when: Literal["before", "after"] = "before" if arguments[1] == "before" else "after"
+            evaluate_model(config, run, load_for(config, run, resolved, when), when)
     except (SftDistError, OSError) as error:
         sys.stderr.write(explained(error))
         return exit_status(error)

@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from sft_dist.jobs.host_signs import oom_kills
+from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.launcher import ATTEMPT_HELD
 from sft_dist.rundir import RunDir
 
@@ -19,6 +21,7 @@ def main() -> int:
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.ERROR)  # "Sending process ... closing signal": what matters is in status.json
+    before = oom_kills()
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
@@ -28,7 +31,9 @@ def main() -> int:
         for rank, failure in killed[:1]:
             reason = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
             if ATTEMPT_HELD in os.environ:
-                RunDir(Path(os.environ[ATTEMPT_HELD])).write_status(state="failed", reason=reason, exit_status=1)
+                run = RunDir(Path(os.environ[ATTEMPT_HELD]))
+                leave_ending(run, rank, failure.pid, -failure.exitcode, oom_kills=oom_kills() - before)
+                run.write_status(state="failed", reason=reason, exit_status=1)
             else:  # a job script of someone's own: the first worker keeps the record, if it is not the one
                 sys.stderr.write(f"error: {reason}\n")
         return 1

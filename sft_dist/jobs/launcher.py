@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_dist.jobs.board import board_of
+from sft_dist.jobs.host_signs import oom_kills
+from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.place import Place
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import accelerate_variables
@@ -72,7 +74,11 @@ def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -
         alone = {"RANK": place.task, "WORLD_SIZE": place.tasks, "LOCAL_RANK": place.local_task}
         meeting = {"LOCAL_WORLD_SIZE": place.tasks_per_node, "MASTER_ADDR": place.address, "MASTER_PORT": place.port}
         extra = {name: str(value) for name, value in {**alone, **meeting}.items()}
-        return _run(run, [sys.executable, *arguments], share, heard, over, extra, agent_is_worker=True)
+        before = oom_kills()
+        status = _run(run, [sys.executable, *arguments], share, heard, over, extra, agent_is_worker=True)
+        if status < 0 and not over():  # else it was ended here, because of another one
+            leave_ending(run, place.task, 0, -status, oom_kills=oom_kills() - before)
+        return status
     meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
     where = ["--nnodes", str(len(place.nodes)), "--node-rank", str(place.node), *meeting_at]
     command = [sys.executable, "-m", "sft_dist.jobs.elastic", *where, "--nproc-per-node", str(share.count), *arguments]

@@ -24,8 +24,12 @@ from typing import Any
 
 from sft_dist.files import read_jsonl, write_text
 from sft_dist.jobs.board import board_of
+from sft_dist.jobs.host_signs import oom_kills
+from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.launcher import PR_SET_PDEATHSIG, Workers, run_share
 from sft_dist.jobs.place import PLACE, Place, find_place
+from sft_dist.jobs.requeue import bury, exclude_list
+from sft_dist.jobs.script import marker_text
 from sft_dist.rundir import RunDir
 
 POLL_S = 0.1
@@ -78,7 +82,7 @@ def _note(heard: list[int]) -> Any:
 def _lead(place: Place, heard: list[int]) -> int:
     """Task 0: keep the record by way of a process of its own; exit status 0 if the job did what it was there for."""
     board, run = board_of(place), RunDir(Path(place.run))
-    before = len(read_jsonl(run.attempts))
+    before, kills = len(read_jsonl(run.attempts)), oom_kills()
     supervisor = subprocess.Popen([sys.executable, "-m", "sft_dist.supervise", place.run], preexec_fn=_hold_signals)
     passed_on = 0
     while supervisor.poll() is None:
@@ -86,10 +90,16 @@ def _lead(place: Place, heard: list[int]) -> int:
             passed_on += 1
             supervisor.send_signal(number)
         time.sleep(POLL_S)
+    if supervisor.returncode < 0:  # killed: it has left no record, and its workers save and end
+        deadline = time.monotonic() + LEAVE_S
+        while board.said("train") and run.read_status().get("state") == "running" and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+        leave_ending(run, None, supervisor.pid, -supervisor.returncode, oom_kills=oom_kills() - kills)
+        bury(run, place, now=True)
     lines = read_jsonl(run.attempts)
     requeue = len(lines) > before and str(lines[-1].get("decided", "")).startswith("requeue")
     if requeue and place.marker:
-        write_text(Path(place.marker), place.run)
+        write_text(Path(place.marker), marker_text(place.run, exclude_list(run, lines[-1].get("job_id"))))
     board.say("end")
     deadline = time.monotonic() + LEAVE_S
     while len(board.said("left")) < place.tasks - 1 and time.monotonic() < deadline:

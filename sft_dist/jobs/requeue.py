@@ -1,19 +1,24 @@
-"""What follows when an attempt inside a job has ended: done, requeue, or over; and the record of it."""
+"""What follows when an attempt has ended: done, requeue, or over; and the record of it, with the failure's class."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sft_dist.config.loader import load_run_config
+from sft_dist.files import append_jsonl, read_jsonl
+from sft_dist.jobs.decision import decide, excluded, reached
+from sft_dist.jobs.evidence import Mark, ask_past, explain, mark
+from sft_dist.jobs.failures import Failure, classify
+from sft_dist.jobs.last_words import read_words
 from sft_dist.jobs.place import Place
+from sft_dist.jobs.words import Evidence
 from sft_dist.rundir import RunDir
 
-# The signals that mean that the cluster wants its nodes back.
-TIME_LIMIT, PREEMPTION = signal.SIGUSR2, signal.SIGTERM
-NAMES = {TIME_LIMIT: "time limit", PREEMPTION: "preemption"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,20 +29,46 @@ class Verdict:
     """Of the run, in status.json."""
     reason: str | None
     decided: str
-    """In attempts.jsonl: `done`, `next job`, `requeue 1 of 10`, or why it is over."""
+    """In attempts.jsonl: `done`, `next job`, `requeue 1 of 10: hang`, or why it is over."""
     requeue: bool = False
+    without: str | None = None
+    """The node that the next attempt is not to get."""
 
 
-def settler(
-    run: RunDir, place: Place
-) -> Callable[[str, str | None, int, bool], tuple[str, str | None, dict[str, Any]]]:
-    """What an attempt in the job at `place` asks when it has ended (train.attempt.Settle)."""
+@dataclass
+class Settler:
+    """What an attempt asks when it begins and when it has ended (train.attempt.Settle)."""
 
-    def settle(state: str, reason: str | None, number: int, complete: bool) -> tuple[str, str | None, dict[str, Any]]:
-        verdict = judge(run, place, state, reason, number, complete=complete)
-        return verdict.state, verdict.reason, {**job_facts(place), "decided": verdict.decided}
+    run: RunDir
+    place: Place | None = None
+    since: Mark = field(default_factory=Mark)
 
-    return settle
+    def begin(self) -> None:
+        """Before the attempt is on record, with the run locked: an earlier one that left no line gets one."""
+        with contextlib.suppress(OSError):  # a record that cannot be kept is no reason not to train
+            bury(self.run, self.place)
+        self.since = mark(self.run, self.place)
+
+    def __call__(
+        self, state: str, reason: str | None, number: int, complete: bool
+    ) -> tuple[str, str | None, dict[str, Any]]:
+        """State and reason for status.json, and what is added to the line in attempts.jsonl."""
+        facts: dict[str, Any] = {} if self.place is None else job_facts(self.place)
+        facts["reached"] = reached(self.run)
+        if state == "done":
+            verdict = judge_done(complete=complete)
+            return verdict.state, verdict.reason, facts if self.place is None else {**facts, "decided": verdict.decided}
+        attempt = int(self.run.read_status().get("attempt") or 0)
+        try:
+            failure = explain(self.run, attempt, state, reason, number, self.place, self.since)
+        except (OSError, ValueError, RecursionError) as error:  # a disk that is gone, a file that is damaged
+            log.warning("why the attempt ended was not found out: %s", error)
+            failure = Failure("unknown", reason or "it ended without a word")
+        verdict = judge(self.run, self.place, state, failure, facts)
+        facts |= {"failure": failure.facts(), "decided": verdict.decided}
+        if verdict.without:
+            facts["without"] = verdict.without
+        return verdict.state, verdict.reason, facts
 
 
 def job_facts(place: Place) -> dict[str, Any]:
@@ -49,20 +80,60 @@ def job_facts(place: Place) -> dict[str, Any]:
     return facts
 
 
-def judge(run: RunDir, place: Place, state: str, reason: str | None, number: int, *, complete: bool) -> Verdict:
-    """`number` is the first signal that was heard, 0 for none; `complete` is whether nothing of the run is left to do."""
-    if state == "done":
-        return Verdict("done", None, "done") if complete else Verdict("queued", "waits for the next job", "next job")
-    if state == "stopped" and run.cancelled.exists():
-        return Verdict("stopped", reason, "over: it was cancelled")
-    if state != "stopped" or number not in NAMES:
-        return Verdict(state, reason, "over: " + ("it failed" if state == "failed" else "it was stopped"))
-    why = NAMES[signal.Signals(number)]
-    if place.requeues == 0:
-        return Verdict("stopped", reason, f"over: {why}, and requeueing is off")
-    if place.restart >= place.requeues:
-        return Verdict(
-            "stopped", f"{reason}; not requeued again", f"over: {why}, requeued {place.restart} times already"
-        )
-    decided = f"requeue {place.restart + 1} of {place.requeues}"
-    return Verdict("queued", f"{reason}; {decided} ({why})", f"{decided}: {why}", requeue=True)
+def judge_done(*, complete: bool) -> Verdict:
+    """`complete` is whether nothing of the run is left to do."""
+    return Verdict("done", None, "done") if complete else Verdict("queued", "waits for the next job", "next job")
+
+
+def judge(run: RunDir, place: Place | None, state: str, failure: Failure, line: dict[str, Any]) -> Verdict:
+    """What follows from an attempt that did not end well; `line` is what its line in attempts.jsonl will hold."""
+    if place is None or not place.marker:
+        over = "over: it was stopped" if state == "stopped" else "over: it failed, and nothing requeues it here"
+        return Verdict(state, failure.sentence, over)
+    if run.cancelled.exists():
+        return Verdict(state, failure.sentence, "over: it was cancelled")
+    history = [*read_jsonl(run.attempts), line]
+    # A job whose user named its nodes would wait for ever without one of them.
+    spare = failure.kind == "node" and not load_run_config(run.config).slurm.nodelist
+    decision = decide(failure, history, place.requeues, place.restart, spare=spare)
+    reason = "; ".join(part for part in (failure.sentence, decision.why) if part)
+    if decision.requeue:
+        return Verdict("queued", reason, decision.text, True, decision.without)
+    return Verdict(state, reason, decision.text)
+
+
+def exclude_list(run: RunDir, job_id: str | None) -> str:
+    """What the job's ExcNodeList is to be, from the config and from earlier attempts; empty if nothing is new."""
+    found = excluded(read_jsonl(run.attempts), job_id)
+    if not found:
+        return ""
+    named = load_run_config(run.config).slurm.exclude
+    return ",".join([*([named] if named else []), *found])
+
+
+def bury(run: RunDir, place: Place | None = None, *, now: bool = False) -> dict[str, Any] | None:
+    """Put the attempt on record that ended without doing so itself, if there is one; returns its line.
+
+    With `now` it is the attempt of this very start of the job, and what follows is decided, too.
+    """
+    status = run.read_status()
+    attempt = status.get("attempt") or 0
+    if attempt <= len(read_jsonl(run.attempts)) or status.get("state") == "done":
+        return None
+    line: dict[str, Any] = {"attempt": attempt, "start": status.get("started"), "end": status.get("updated")}
+    line |= {} if place is None else job_facts(place)
+    line["reached"] = reached(run)
+    past = None
+    if place is not None and not now and place.restart:
+        line["restart"] = place.restart - 1
+        past = ask_past(place.job)
+    reason = str(status.get("reason") or "it ended without a word")
+    failure = classify(Evidence(words=read_words(run, attempt), job=past, reason=reason))
+    verdict = judge(run, place, "failed", failure, line) if now else Verdict("", failure.sentence, "lost")
+    line |= {"ended": "failed", "reason": verdict.reason, "failure": failure.facts(), "decided": verdict.decided}
+    if verdict.without:
+        line["without"] = verdict.without
+    append_jsonl(run.attempts, line)
+    if now:
+        run.write_status(state=verdict.state, reason=verdict.reason)
+    return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from sft_dist.config.schema import Config
 from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.errors import ConfigError
 
+# Names and their short form, as in n[1-3],gpu7.
+NODE_LIST = r"[A-Za-z0-9._,\[\]-]+"
 # srun ends a step so long after its first task, if others are still there.
 WAIT_S = 120
 
@@ -80,15 +83,27 @@ def teardown_lines(folder: Path) -> list[str]:
 
 
 def requeue_lines(marker: str) -> list[str]:
-    """Requeue on the host, where there is an scontrol, if there is a `marker` (a word of shell) and nobody cancelled."""
+    """Requeue on the host, where there is an scontrol, if there is a `marker` (a word of shell) and nobody cancelled.
+
+    The marker is `marker_text`. Nodes can be excluded only once the job waits again, and until then SLURM is ending this
+    script: it stays for the moment that takes.
+    """
     return [
         "rc=$?",
         f"marker={marker}",
-        'if [ -e "$marker" ] && [ ! -e "$(cat "$marker")/.cancelled" ]; then',
+        'run= exclude=; [ ! -e "$marker" ] || { IFS= read -r run; IFS= read -r exclude; } <"$marker"',
+        'if [ -n "$run" ] && [ ! -e "$run/.cancelled" ]; then',
+        "  [ -z \"$exclude\" ] || trap '' TERM",
         '  scontrol requeue "$SLURM_JOB_ID"',
+        '  [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"',
         "fi",
         'exit "$rc"',
     ]
+
+
+def marker_text(run: str, exclude: str = "") -> str:
+    """The marker's lines: the run's folder, and the nodes that the job is to do without, as ExcNodeList takes them."""
+    return f"{run}\n{exclude if re.fullmatch(NODE_LIST, exclude) else ''}\n"
 
 
 def python_command(folder: Path, python: str) -> str:

@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sft_dist.jobs.failures import sentence_of_state
 from sft_dist.jobs.queue import Job, Queue
 from sft_dist.jobs.records import Record, Submitted
 from sft_dist.rundir import STATES
@@ -118,7 +119,10 @@ def _said_running(
 
 
 def _ended(job: Job | None) -> str:
-    return "" if job is None else f"job {job.id} ended: {job.state}"
+    if job is None:
+        return ""
+    meaning = sentence_of_state(job.state)
+    return f"job {job.id} ended: {job.state}{f' ({meaning})' if meaning else ''}"
 
 
 def _waits_for(job: Job) -> str:

@@ -62,6 +62,9 @@ def details(status: RunStatus) -> Iterator[str]:
     yield f"checkpoint  {_shown(plain(record.status.get('checkpoint')), 100)}"
     for attempt in record.attempts[-SHOWN_ATTEMPTS:]:
         yield f"attempt     {_attempt(attempt)}"
+    failure = record.attempts[-1].get("failure") if record.attempts else None
+    if isinstance(failure, dict) and status.state not in ("running", "done"):
+        yield f"failure     {_shown(_failure(failure), 400)}"
     for problem in record.problems:
         yield f"problem     {_shown(problem, 200)}"
     yield f"next        {_shown(status.next_command, 400)}"
@@ -76,6 +79,13 @@ def _attempt(row: Any) -> str:
     parts = [plain(row.get("attempt")), clock(row.get("start")), took, where, steps, plain(row.get("ended"))]
     parts += [plain(row[name]) for name in ("reason", "decided") if row.get(name)]
     return _shown("  ".join(parts), 300)
+
+
+def _failure(failure: dict[str, Any]) -> str:
+    """Class, place and evidence of the last failure; its sentence is what `why` says."""
+    named = (("rank", "rank {}"), ("node", "node {}"), ("evidence", "said: {}"))
+    parts = [form.format(plain(failure[name])) for name, form in named if failure.get(name) not in (None, "")]
+    return "  ".join([plain(failure.get("kind")), *parts])
 
 
 def _why(status: RunStatus, now: datetime.datetime) -> str:

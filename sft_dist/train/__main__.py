@@ -14,7 +14,9 @@ from typing import Any
 from sft_dist.config.loader import load_config, load_run_config, write_config
 from sft_dist.errors import ConfigError, RunStopped, SftDistError, exit_status, explained
 from sft_dist.files import read_json, write_json, write_text
+from sft_dist.jobs.last_words import held_run, leaving_words
 from sft_dist.jobs.launcher import ATTEMPT_HELD, end_with_parent
+from sft_dist.jobs.requeue import Settler
 from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.adopt import with_values
 from sft_dist.parallel.resolve import Resolved
@@ -56,7 +58,9 @@ def main(arguments: list[str]) -> int:
         if world.rank:
             logging.getLogger().setLevel(logging.ERROR)
         world = with_told(world)
-        with StopRequest():  # libraries load for seconds: whoever asks for a stop meanwhile gets no traceback
+        # Libraries load for seconds: whoever asks for a stop meanwhile gets no traceback. What fails before the processes
+        # meet is put down here, later failures where the run is entered.
+        with StopRequest(), leaving_words(held_run(ATTEMPT_HELD), world.rank):
             _train(arguments[0], world)
     except MainFailed as error:
         return exit_status(error)
@@ -99,7 +103,7 @@ def _train(argument: str, world: World) -> None:
     mine = resolved
     resolved = as_main(ranks, lambda: mine, mine.num_threads)
     run = _open_together(argument, resolved, ranks)
-    with _entered(run, ranks) as current:
+    with _entered(run, ranks) as current, leaving_words(run, ranks.rank):
         if ranks.is_main and not os.environ.get(ATTEMPT_HELD):
             record_environment(run, resolved)
         train(run, current, resolved, ranks)
@@ -125,7 +129,7 @@ def _entered(run: RunDir, ranks: Ranks) -> Iterator[Attempt]:
         if not os.environ.get(ATTEMPT_HELD):
             entered: list[Attempt] = []
             # The others wait: a run that another launcher holds is not theirs either.
-            ranks.by_main(lambda: entered.append(stack.enter_context(attempt(run))))
+            ranks.by_main(lambda: entered.append(stack.enter_context(attempt(run, Settler(run)))))
             yield entered[0] if entered else stack.enter_context(joined(run, reports=False))
             return
         yield stack.enter_context(joined(run, reports=ranks.is_main))

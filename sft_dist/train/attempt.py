@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from sft_dist.errors import RunStopped, SftDistError, exit_status
 from sft_dist.files import append_jsonl, read_jsonl, utc_now
@@ -18,9 +18,19 @@ from sft_dist.train.shutdown import StopRequest
 # What workers leave in status.json for the launcher that keeps the record.
 OUTCOME = ("exit_status", "first_step", "last_step")
 
-# From the state and its reason, the first signal (0: none) and whether nothing of the run is left: the state and reason
-# that status.json gets, and what is added to the line in attempts.jsonl.
-Settle = Callable[[str, str | None, int, bool], tuple[str, str | None, dict[str, Any]]]
+
+class Settle(Protocol):
+    """What decides what follows from the end of an attempt."""
+
+    def begin(self) -> None:
+        """The run is locked, and the attempt is about to go on record."""
+
+    def __call__(
+        self, state: str, reason: str | None, number: int, complete: bool, /
+    ) -> tuple[str, str | None, dict[str, Any]]:
+        """From the state and its reason, the first signal (0: none) and whether nothing of the run is left: the state
+        and reason that status.json gets, and what is added to the line in attempts.jsonl."""
+        ...
 
 
 @dataclass
@@ -38,7 +48,7 @@ class Attempt:
 def attempt(run: RunDir, settle: Settle | None = None) -> Iterator[Attempt]:
     """Enter an attempt: signals are caught, the state is `running`; when the block ends, how it ended is written.
 
-    In a job `settle` decides what follows from the end, and adds to the record.
+    `settle` decides what follows from the end, and adds to the record.
 
     A second process that enters the same run is refused (ConfigError). A requested stop leaves as RunStopped, whatever
     stage it interrupted; other exceptions pass unchanged.
@@ -74,10 +84,12 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
 
 
 def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
+    if settle is not None:
+        settle.begin()
     number = len(read_jsonl(run.attempts)) + 1
     start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
     stale = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
-    run.write_status(state="running", reason=None, attempt=number, **stale)
+    run.write_status(state="running", reason=None, attempt=number, started=start["start"], **stale)
     state, reason = "done", None
     with StopRequest() as stop:
         current = Attempt(stop)

@@ -83,8 +83,8 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
             raise _disagreement(error) from None
         finally:
             progress.end()
-        step = trainer.state.global_step
-        current.facts.update(first_step=recorder.first_step, last_step=step)
+            step = trainer.state.global_step
+            current.facts.update(first_step=recorder.first_step, last_step=step)
         if step < trainer.state.max_steps and recorder.stopped_by is None:
             raise SftDistError(f"the rows ended at step {step} of {trainer.state.max_steps}: a loader lost some")
         if step < trainer.state.max_steps:

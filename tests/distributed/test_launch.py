@@ -144,7 +144,10 @@ def test_a_worker_that_is_killed_fails_the_run(start: Start, endless: RunDir) ->
     assert err.count(reason) == 1
     assert err.rstrip().endswith(f"error: {reason}")
     assert (endless.read_status()["state"], endless.read_status()["reason"]) == ("failed", reason)
-    assert [(row["ended"], row["reason"]) for row in read_jsonl(endless.attempts)] == [("failed", reason)]
+    (row,) = read_jsonl(endless.attempts)
+    assert (row["ended"], row["reason"]) == ("failed", reason)
+    assert (row["failure"]["kind"], row["failure"]["rank"]) == ("unknown", 1)
+    assert row["decided"] == "over: it failed, and nothing requeues it here"
     assert gone([agent, first, second])
 
 

@@ -122,7 +122,7 @@ def test_preempted_and_out_of_time_it_comes_back_and_finishes(each_lab: Lab, sub
 
 
 def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
-    """Cancelled, submitted again, out of time where nothing may be requeued, submitted again, killed."""
+    """Cancelled, submitted again, out of time where nothing may be requeued, submitted again, a worker killed, back."""
     run, job = submit("lives", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=lives", "train.max_steps=5000")
     lab.eventually(past_step(run, 2), PATIENCE, job)
     assert run_cli("cancel", "lives").returncode == 0
@@ -140,16 +140,21 @@ def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
     run, job = submit("lives", "lives", "slurm.max_requeues=10")
     lab.eventually(past_step(run, run.read_status()["step"] + 2), PATIENCE, job)
     lab.run("pkill", "-KILL", "-n", "-f", f"sft_dist.train {run.path}$")
-    lab.wait_for(job, "FAILED", patience=60)
-    assert run.read_status()["state"] == "failed"
+    lab.eventually(state(run, "queued"), 60)
     assert "SIGKILL" in run.read_status()["reason"]
+    lab.hurry(job)
+    lab.eventually(past_step(run, run.read_status()["step"]), PATIENCE, job)
+    lab.run("scancel", "--signal=USR1", job)
+    lab.wait_for(job, "FAILED", patience=PATIENCE)
 
     rows = read_jsonl(run.attempts)
     assert [row["decided"] for row in rows] == [
         "over: it was cancelled",
         "over: time limit, and requeueing is off",
-        "over: it failed",
+        "requeue 1 of 10: unknown",
+        "over: it was cancelled",
     ]
+    assert rows[2]["failure"]["rank"] is not None
     assert rows[1]["first_step"] == rows[0]["last_step"]
     assert rows[2]["first_step"] == rows[1]["last_step"]
 
@@ -162,7 +167,7 @@ def test_a_wrong_config_ends_once_everywhere(lab: Lab, submit: Submit) -> None:
     began = time.monotonic()
     lab.wait_for(job, "FAILED", patience=60)
     assert time.monotonic() - began < 60
-    assert decisions(run) == ["over: it failed"]
+    assert decisions(run) == ["over: config, which another attempt does not change"]
     assert "6 processes" in run.read_status()["reason"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
-from sft_dist.jobs.script import sbatch_options, script_text, setup_lines
+from sft_dist.jobs.script import marker_text, sbatch_options, script_text, setup_lines
 
 pytest.importorskip("submitit")
 
@@ -88,26 +88,39 @@ def test_folders_that_sbatch_misreads_are_refused(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("marker", "cancelled", "requeued"), [(True, False, True), (False, False, False), (True, True, False)]
+    ("exclude", "cancelled", "asked_for"),
+    [
+        ("", False, "requeue 7\n"),
+        (None, False, None),
+        ("", True, None),
+        ("n2,gpu[1-3]", False, "requeue 7\nupdate JobId=7 ExcNodeList=n2,gpu[1-3]\n"),
+        ("n2", True, None),
+        ("$(touch pwned) `touch pwned`", False, "requeue 7\n"),
+        ("n2\n/other", False, "requeue 7\n"),
+    ],
 )
-def test_the_script_requeues_by_the_marker(tmp_path: Path, marker: bool, cancelled: bool, requeued: bool) -> None:
-    """srun and scontrol are stand-ins; the folder's name has a space."""
+def test_the_script_requeues_by_the_marker(
+    tmp_path: Path, exclude: str | None, cancelled: bool, asked_for: str | None
+) -> None:
+    """srun and scontrol are stand-ins, the latter ending the script as SLURM does; the folder's name has a space."""
     folder, tools, run = tmp_path / "a b", tmp_path / "bin", tmp_path / "my run"
     for each in (folder, tools, run):
         each.mkdir()
     (tools / "srun").write_text("#!/bin/sh\nexit 3\n")
-    (tools / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/asked'\n")
+    end = "kill -TERM $PPID" if exclude and asked_for and "Exc" in asked_for else ":"
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/asked'\n{end}\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    if marker:
-        (folder / "requeue.7.1").write_text(str(run))
+    if exclude is not None:
+        (folder / "requeue.7.1").write_text(marker_text(str(run), exclude))
     if cancelled:
         (run / ".cancelled").touch()
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
     done = subprocess.run(["bash", "-c", script(folder)], env=env, check=False)
     assert done.returncode == 3
     asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else None) == ("requeue 7\n" if requeued else None)
+    assert (asked.read_text() if asked.exists() else None) == asked_for
+    assert not list(tmp_path.rglob("pwned"))
 
 
 def test_setup_that_fails_ends_the_job(tmp_path: Path) -> None:

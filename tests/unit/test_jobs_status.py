@@ -104,7 +104,7 @@ JOB = {"job_id": "12", "nodes": 2, "gpus_per_node": 8}
         ("queued", Job("12", "CONFIGURING", start=ago(10)), "running", "starting"),
         ("queued", Job("12", "RUNNING", start=ago(7200)), "queued", "because"),
         ("queued", Job("12", "CANCELLED", end=ago(10)), "stopped", "job 12 was cancelled"),
-        ("queued", Job("12", "BOOT_FAIL", end=ago(10)), "lost", "job 12 ended: BOOT_FAIL"),
+        ("queued", Job("12", "BOOT_FAIL", end=ago(10)), "lost", "job 12 ended: BOOT_FAIL (a node went down)"),
         ("queued", None, "lost", "job 12 is not in the queue any more"),
         ("stopped", Job("12", "PENDING", reason="BeginTime"), "queued", "BeginTime"),
         ("stopped", Job("12", "RUNNING", start=ago(10)), "running", "starting"),
@@ -376,3 +376,16 @@ def test_an_ill_slurm_is_a_note(slurm: Callable[..., Path], run_cli: RunCli, tmp
     assert done.returncode == 0
     assert done.stderr == "note: squeue: Unable to contact slurm controller\n"
     assert "running" in done.stdout
+
+
+def test_the_last_failure_is_shown_with_its_evidence(run_cli: RunCli) -> None:
+    run = made("a", {"state": "failed", "reason": "the disk is full, on rank 3 (n2): free some"})
+    found = {"kind": "disk", "sentence": "the disk is full", "evidence": "OSError: \x1b[31m[Errno 28]", "rank": 3}
+    append_jsonl(run.attempts, {"attempt": 1, "ended": "failed", "failure": found, "decided": "over: disk"})
+    shown = run_cli("status", "a").stdout
+    assert "the disk is full, on rank 3 (n2): free some" in " ".join(shown.split())
+    assert "disk  rank 3  said: OSError:" in shown
+    assert "\x1b[31m" not in shown
+    for odd in (3, {"kind": ["x"], "rank": {}}, {}):
+        append_jsonl(run.attempts, {"attempt": 2, "ended": "failed", "failure": odd})
+        assert run_cli("status", "a").returncode == 0

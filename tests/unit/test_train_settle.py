@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_where_a_package_is_missing_starts_no_process(
     with pytest.raises(PreflightError, match="deepspeed is not installed"):
         run_here(run)
     assert [row["ended"] for row in read_jsonl(run.attempts)] == ["failed"]
-    assert not run.logs.exists()
+    assert not run.env.exists()
 
 
 # Python runs it when it starts: the signal comes while the command line is being imported.

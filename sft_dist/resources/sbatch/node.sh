@@ -37,7 +37,7 @@ node() {
   state=$(sed -n 's/^  "state": "\([a-z]*\)".*/\1/p' "$run/status.json" 2>/dev/null)
   if [ "${state:-stopped}" = stopped ]; then # with no state it was asked to stop before there was a run
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ]; then
-      printf '%s' "$run" >"$MARKER"
+      printf '%s\n\n' "$run" >"$MARKER"
       exit 0
     fi
     echo "stopped, and not requeued again after $MAX_REQUEUES times; go on with: sbatch FILE $run" >&2
