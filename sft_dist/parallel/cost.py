@@ -25,9 +25,10 @@ ATTENTION_HALF = 670
 # product and no attention: what is left of 165 ms (compiled) and 381 ms (eager) a step of 20,437 and 21,288 tokens on
 # one H200 (Qwen3-0.6B, benchmarks/results/plans-h200x2.json). Compiled on an H100, 4.0 and 4.9 (Qwen3-0.6B, 1.7B).
 PASSES = {True: 4.0, False: 23.0}
-# Bytes through memory for each input of a linear layer with an adapter: PEFT casts it to float32, multiplies it, and the
-# same back. Not measured.
-ADAPTER_TRAFFIC = 24
+# Bytes through memory for each input and each output of a linear layer with an adapter, in bfloat16, eager. The input is
+# read in both passes, its gradient written, read and added; the output is written, scaled and added, its gradient scaled.
+# Counted from PEFT's modules, not measured.
+ADAPTER_TRAFFIC = (12, 16)
 # Bytes through memory for each trained token's logit, besides the head's products (train/loss.py): written 2, read for
 # the best guess 2, converted 6, softmax 12, its exponential 8, divided 8, converted 6.
 LOGIT_TRAFFIC = 44
@@ -162,8 +163,11 @@ def _micro_batch(
     attention_s = gpu.peak_flops * ATTENTION_LIMIT * work.length / (work.length + ATTENTION_HALF)
     parts = layers / matrix_s, attention / attention_s, PASSES[layout.compile_layers] * saved / gpu.hbm_bytes_per_s
     if weights.lora:
-        casts = ADAPTER_TRAFFIC * sum(inputs for inputs, _ in architecture.linears.values()) * architecture.layers
-        parts = parts[0], parts[1], parts[2] + casts * tokens / gpu.hbm_bytes_per_s
+        ends = sum(
+            inputs * ADAPTER_TRAFFIC[0] + outputs * ADAPTER_TRAFFIC[1]
+            for inputs, outputs in architecture.linears.values()
+        )
+        parts = parts[0], parts[1], parts[2] + ends * architecture.layers * tokens / gpu.hbm_bytes_per_s
     # Recomputing is one more forward pass of the layers: a third, or half where the weights have no gradient; of
     # attention, whose backward pass has five products to the forward's two, 2 in 7.
     again = 0.0

@@ -100,53 +100,50 @@ def activations(architecture: Architecture, weights: Weights, layout: Layout, to
     """Bytes saved by the forward pass for so many tokens, and what recomputing one layer adds to them."""
     width = _width(layout)
     outside = OUTSIDE_LAYERS * architecture.hidden * width // 2
-    per_layer = layer_activations(architecture, layout.dtype, lora=weights.lora, compiled=layout.compile_layers)
+    per_layer = layer_activations(architecture, layout.dtype, weights, compiled=layout.compile_layers)
     if layout.gradient_checkpointing:
         return tokens * (architecture.layers * architecture.hidden * width + outside), tokens * per_layer
     return tokens * (architecture.layers * per_layer + outside), 0
 
 
-def layer_activations(architecture: Architecture, dtype: str, *, lora: bool = False, compiled: bool = False) -> int:
-    """Bytes that one layer saves for the backward pass, a token.
+def layer_activations(
+    architecture: Architecture, dtype: str, weights: Weights | None = None, *, compiled: bool = False
+) -> int:
+    """Bytes that one layer saves for the backward pass, a token; `weights` only says whether they are an adapter's.
 
-    Counted from transformers' modules as they are: a norm saves its float32 input and what its weight is multiplied with;
-    attention saves queries, keys, values, its output and a float32 sum a head; the gated feed-forward saves the gate, its
-    activation, the other branch and their product; each linear layer its input. A rotary embedding saves nothing. With
-    an adapter, PEFT casts the input of each linear layer to float32 and saves that; the frozen weights need no input.
+    Counted from transformers' modules as they are: a norm saves its float32 input and what its weight is multiplied with
+    (if that is trained); attention saves queries, keys, values, its output and a float32 sum a head; the gated
+    feed-forward saves the gate, its activation, the other branch and their product; each linear layer its input, for the
+    weight's gradient or for the adapter's, which has the same type. A rotary embedding saves nothing.
     """
+    lora, width = weights is not None and weights.lora, 4 if dtype == "float32" else 2
+    inner = width * weights.inner if weights is not None else 0
     if compiled:
-        return _compiled_layer(architecture, dtype, lora=lora)
+        return _compiled_layer(architecture, width) + inner
     h, q, k, f = architecture.hidden, architecture.query, architecture.key, architecture.ffn
     # The norms of queries and keys count like those of the hidden state.
     normed = architecture.norms * h + (q + k if architecture.qk_norm else 0)
-    attention, outputs = 4 * (q + k), 2 * h  # outputs of the norms that a linear layer follows
-    inputs = 5 * h + q + f  # of all linear layers
-    if dtype == "float32":  # nothing is cast: a norm's input is saved, and what its weight is multiplied with
-        total = normed * (4 if lora else 8) + 4 * outputs + 2 * attention + 16 * f
-    elif lora:
-        total = normed * 4 + attention + 6 * f + 4 * inputs
-    else:
-        total = normed * 6 + 2 * outputs + attention + 8 * f
+    # In float32 nothing is cast: a norm's input is saved, and what its weight is multiplied with.
+    total = normed * (4 if lora else 4 + width)
+    total += width * (2 * h + 2 * (q + k) + 4 * f)  # what two norms give to linear layers; attention; the feed-forward
+    if weights is not None and weights.dropout:
+        # Each adapter's own input and a byte that says what was dropped, in place of those that it has in common.
+        total += (width + 1) * (5 * h + q + f) - width * (2 * h + f)
     if architecture.family in FLOAT_NORMS and not lora and dtype != "float32":
         total += 2 * normed
-    return total + 4 * architecture.heads
+    return total + inner + 4 * architecture.heads
 
 
-def _compiled_layer(architecture: Architecture, dtype: str, *, lora: bool) -> int:
+def _compiled_layer(architecture: Architecture, width: int) -> int:
     """The same once torch.compile has cut the layer into forward and backward pass (AOTAutograd's min-cut partitioner).
 
     What is cheap to compute again is: saved are the inputs of norms and linear layers in their own type, queries and keys
-    before and after their norms, values, the attention's output, gate, other branch and their product. With an adapter
-    the float32 inputs of linear layers, which it casts once for all that share one.
+    before and after their norms, values, the attention's output, gate, other branch and their product.
     """
     h, q, k, f = architecture.hidden, architecture.query, architecture.key, architecture.ffn
     normed = architecture.norms * h + (q + k if architecture.qk_norm else 0)
-    attention = 2 * q + 4 * k  # queries, keys, values
-    if lora and dtype != "float32":
-        total = 2 * normed + attention + 2 * q + 4 * f + 4 * (2 * h + q + f)
-    else:
-        total = 2 * normed + attention + 2 * (2 * h + q + f) + 4 * f
-    return (total * 2 if dtype == "float32" else total) + 4 * architecture.heads
+    total = normed + q + 2 * k + (2 * h + q + f) + 2 * f  # norms; queries, keys, values; linear layers; gate and branch
+    return width * total + 4 * architecture.heads
 
 
 def head_bytes(architecture: Architecture, weights: Weights, dtype: str, tokens: int) -> tuple[int, int]:

@@ -196,7 +196,11 @@ def fsdp_config(layout: Layout) -> Rendered:
             "reshard_after_forward", True, "parameters are gathered again in the backward pass: memory before speed"
         ),
         Setting("auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "one unit a decoder layer"),
-        Setting("cpu_ram_efficient_loading", True, "only the first process reads the weights"),
+        Setting(
+            "cpu_ram_efficient_loading",
+            True,
+            "the shards are filled from the first process's weights, without a whole copy on a GPU",
+        ),
         Setting("state_dict_type", "SHARDED_STATE_DICT", "each process writes its own part of a checkpoint"),
         Setting(
             "activation_checkpointing",

@@ -43,14 +43,13 @@ def state_bytes(layout: Layout, weights: Weights) -> tuple[int, int, int]:
     """Bytes a trained element takes as parameter, gradient and in the optimizer, before anything is sharded.
 
     bfloat16: 2, 2, and 12 for the float32 master and AdamW's two moments (train/optimizer.py, and DeepSpeed). FSDP2
-    keeps the parameters themselves in float32 (accelerate casts what is trained), as adapters and float32 runs do.
+    keeps the parameters themselves in float32 (accelerate casts what is trained). An adapter has the type that the model
+    computes in, as everything that is trained (train/adapter.py); beside 4-bit weights TRL makes it bfloat16.
     """
     engine = layout.plan.engine
-    if layout.dtype == "float32":
+    if layout.dtype == "float32" and not weights.quantized:
         return 4, 4, 12 if engine == "deepspeed" else 8
-    if engine == "fsdp2" or (weights.lora and engine != "deepspeed"):
-        return 4, 4, 8
-    return 2, 2, 12
+    return (4, 4, 8) if engine == "fsdp2" else (2, 2, 12)
 
 
 def held_by(architecture: Architecture, weights: Weights, layout: Layout, *, several: bool) -> Held:

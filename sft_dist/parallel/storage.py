@@ -13,15 +13,15 @@ PROCESS_BYTES = 3 * GIB
 def host_bytes(weights: Weights, layout: Layout) -> int:
     """Bytes of host memory that one node needs: the weights while they load, or what is offloaded; the larger.
 
-    Every process reads the weights into host memory before they go to its GPU (in parallel, so they add up); FSDP2
-    reads them in one process, and casts to float32 what is trained.
+    Every process reads the weights into host memory before they go to its GPU (in parallel, so they add up), under FSDP2
+    as float32 if they are trained: transformers 5.23 lets each read all of them, whatever cpu_ram_efficient_loading says.
+    Under ZeRO-3 one process reads them and the others are sent their shards. A file in the run's type is mapped: its
+    pages are there once for all processes, and this is more than the node needs.
     """
-    processes = layout.processes_per_node
-    width = 4 if layout.dtype == "float32" else 2
-    if layout.plan.engine == "fsdp2":
-        loading = weights.trained * 4 + weights.frozen * width
-    else:
-        loading = ((weights.trained if not weights.lora else 0) + weights.frozen) * width * processes
+    processes, zero3 = layout.processes_per_node, layout.plan.name == "zero3"
+    width = 4 if layout.dtype == "float32" or (layout.plan.engine == "fsdp2" and not weights.lora) else 2
+    loaded = weights.frozen if weights.lora else weights.trained
+    loading = loaded * width * (1 if zero3 else processes)
     return processes * PROCESS_BYTES + max(loading, processes * offloaded_bytes(weights, layout))
 
 
@@ -39,17 +39,17 @@ def offloaded_bytes(weights: Weights, layout: Layout) -> int:
 
 
 def checkpoint_bytes(weights: Weights, layout: Layout) -> int:
-    """Bytes of one checkpoint of the whole run: weights, and what it takes to go on from there.
+    """Bytes of one checkpoint of the whole run: trained weights, and what it takes to go on from there.
 
     ZeRO-3 writes its float32 shards and no 16-bit weights, which follow from them. FSDP2 writes a matrix that has two
-    names under both.
+    names under both. Frozen weights are in none: transformers asks DeepSpeed to leave them out (exclude_frozen_parameters)
+    and FSDP2 for the adapter's names only, and the other plans save the adapter by itself.
     """
     parameter, _, states = state_bytes(layout, weights)
-    frozen = weights.frozen_bytes if weights.lora and layout.plan.engine == "deepspeed" else 0
     if layout.plan.name == "zero3":
-        return weights.trained * states + frozen
+        return weights.trained * states
     again = weights.shared * parameter if layout.plan.engine == "fsdp2" else 0
-    return weights.trained * (parameter + states) + again + frozen
+    return weights.trained * (parameter + states) + again
 
 
 def model_bytes(weights: Weights, layout: Layout, *, merge: bool) -> int:
@@ -57,7 +57,7 @@ def model_bytes(weights: Weights, layout: Layout, *, merge: bool) -> int:
     width = 4 if layout.dtype == "float32" else 2
     if not weights.lora:
         return weights.trained * width
-    return weights.trained * 4 + (weights.frozen * width if merge else 0)
+    return (weights.trained + (weights.frozen if merge else 0)) * width
 
 
 def disk_bytes(weights: Weights, layout: Layout, *, keep: int, saves: bool, merge: bool) -> int:

@@ -49,7 +49,7 @@ that is trained, in bfloat16, over N GPUs:
 - `offload: cpu` takes optimizer and gradients of zero1 and zero2, and everything sharded of zero3 and fsdp2, to the host:
   20 bytes an element there, 16 with fsdp2, over the GPUs of the run.
 - LoRA: the base model frozen, 2 bytes a parameter ({nf4} for the layers' matrices in NF4; zero3 and fsdp2 shard 2/N); the
-  adapter's r x (inputs + outputs) elements a matrix in float32, 4 + 4 + 8.
+  adapter's r x (inputs + outputs) elements a matrix as in the table: bfloat16 with float32 masters, 2 + 2 + 12.
 - **Activations**, a token and layer, in bytes, with widths h (hidden state), q (all query heads), k (all key heads), f (feed
   forward), counted from what autograd saves in transformers' modules:
 
@@ -57,10 +57,11 @@ that is trained, in bfloat16, over N GPUs:
   |---|---|---|---|---|---|
   | compiled | 8h | 4q + 4k | 2q + 2k | 6f | 4 |
   | eager | 16h | 4q + 4k | 6q + 6k | 8f | 4 |
-  | compiled, LoRA | 12h | 8q + 4k | 2q + 2k | 8f | 4 |
-  | eager, LoRA | 28h | 8q + 4k | 4q + 4k | 10f | 4 |
+  | compiled, LoRA | 8h | 4q + 4k | 2q + 2k | 6f | 4 |
+  | eager, LoRA | 12h | 4q + 4k | 4q + 4k | 8f | 4 |
 
-  With checkpointing 2h a token and layer, and one whole layer. PEFT makes float32 copies of the matrices' inputs.
+  With checkpointing 2h a token and layer, and one whole layer. Each adapter saves 2r more, and with `lora_dropout`, eager,
+  an input of its own with a byte an element of what was dropped.
 - **Compiled** are the layers as the config's `train.compile_layers` says; `auto` is taken for yes in bfloat16 with our
   attention, unless `train.max_steps` is below {compile_from}. Under zero3 they are counted as eager, which is the most they
   can take: it has not been measured yet with all layers compiled.
@@ -70,12 +71,17 @@ that is trained, in bfloat16, over N GPUs:
   the estimates are good to about 10 %; if none does, one that just fits is taken (`tight`).
 - **Usable** is what nvidia-smi shows less {context} GiB for the CUDA context, and {nccl} GiB for NCCL with several processes.
 
-**Host memory** of a node: {process} GiB a process, and the weights while they load, once for each process (fsdp2: once, in
-float32) or what is offloaded, whichever is more. Pinned buffers may be rounded up to a power of two; that is not counted.
+**Host memory** of a node: {process} GiB a process, and the weights while they load, once for each process (zero3: once; fsdp2:
+for each process, in float32) or what is offloaded, whichever is more. Of a file in the run's own type this is more than is
+needed: it is mapped, and its pages are shared. Measured on two processes on a CPU with 0.59 GiB of bfloat16 weights, beside
+0.5 GiB of Python and libraries in each process: zero3 0.59 mapped by the first process and 0.12 in each beside its shard;
+ddp 0.59 mapped by both; fsdp2 1.18 in each, and with an adapter 0.59 mapped by both. The {process} GiB are for CUDA's libraries
+and have not been measured. Pinned buffers may be rounded up to a power of two; that is not counted.
 
-**Disk**: a checkpoint holds the weights and the optimizer: 14 bytes an element (single, ddp, zero1, zero2), 12 (zero3, whose
-16-bit weights follow from its float32 ones; fsdp2; adapters alone). fsdp2 writes an embedding that is also the head under
-both names, 4 bytes an element more. `checkpoint.keep` of them, one more while it is written, and the final model.
+**Disk**: a checkpoint holds the trained weights and their optimizer: 14 bytes an element (single, ddp, zero1, zero2), 12
+(zero3, whose 16-bit weights follow from its float32 ones; fsdp2), and of frozen weights nothing. fsdp2 writes an embedding
+that is also the head under both names, 4 bytes an element more. `checkpoint.keep` of them, one more while it is written, and
+the final model.
 
 **Sent** in a step by each GPU, in rings: an all-reduce of B bytes is 2B(N-1)/N, a gather or a reduce-scatter half of that.
 ddp: gradients, once. zero1: gradients all-reduced, once, then parameters gathered. zero2: gradients in every micro batch.

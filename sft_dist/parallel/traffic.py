@@ -13,6 +13,7 @@ from sft_dist.parallel.architecture import Architecture
 from sft_dist.parallel.hardware import GpuModel
 from sft_dist.parallel.memory import Batch
 from sft_dist.parallel.plans import Layout
+from sft_dist.parallel.shares import state_bytes
 from sft_dist.parallel.weights import Weights
 
 
@@ -54,7 +55,7 @@ def traffic(architecture: Architecture, weights: Weights, layout: Layout, batch:
         return Traffic(nothing, nothing, nothing)
     width = 4 if layout.dtype == "float32" else 2
     shifts = _sequence_parallel(architecture, layout, batch, gpu, width)
-    gradients = weights.trained * (4 if weights.lora and layout.plan.engine != "deepspeed" else width)
+    gradients = weights.trained * state_bytes(layout, weights)[1]
     parameters = weights.trained * width
     if layout.plan.name == "ddp":
         return Traffic(shifts, all_reduce(gradients, layout, gpu), nothing)

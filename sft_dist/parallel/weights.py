@@ -25,6 +25,10 @@ class Weights:
     """Elements of the largest tensor that is trained: what engines copy in one piece."""
     tensors: int
     """How many tensors are trained."""
+    inner: int = 0
+    """Ranks of one layer's adapters together: what they save besides their inputs, a token."""
+    dropout: bool = False
+    """Whether each adapter drops values of its input, and so saves one of its own."""
     shared: int = 0
     """Elements of a trained matrix that has two names: the embedding that is also the head."""
 
@@ -35,14 +39,16 @@ def weights_of(architecture: Architecture, lora: LoraConfig | None, dtype: str) 
     if lora is None:
         largest = max(architecture.embedding_params, architecture.hidden * architecture.ffn)
         shared = architecture.embedding_params if architecture.tied else 0
-        return Weights(total, 0, 0, False, False, largest, architecture.tensors, shared)
+        return Weights(total, 0, 0, False, False, largest, architecture.tensors, shared=shared)
     shapes = {
         name: shape
         for name, shape in architecture.linears.items()
         if lora.target_modules == "all-linear" or name in lora.target_modules
     }
     pairs = sum(lora.r * (inputs + outputs) for inputs, outputs in shapes.values())
-    whole = sum(architecture.embedding_params for name in ("embed_tokens", "lm_head") if name in lora.modules_to_save)
+    ends = sum(name in lora.modules_to_save for name in ("embed_tokens", "lm_head"))
+    ends = min(ends, 1) if architecture.tied else ends  # one matrix stays one (train/adapter.py)
+    whole = ends * architecture.embedding_params
     width = 4 if dtype == "float32" else 2
     quantized = lora.quantization == "nf4"
     # bitsandbytes quantizes the linear layers of the decoder; embedding, head and norms stay as they are.
@@ -53,6 +59,8 @@ def weights_of(architecture: Architecture, lora: LoraConfig | None, dtype: str) 
         frozen_bytes=round(in_four_bits * NF4_BYTES) + (total - in_four_bits) * width,
         lora=True,
         quantized=quantized,
-        largest=max([whole, *(lora.r * max(shape) for shape in shapes.values())]),
-        tensors=2 * architecture.layers * len(shapes) + (1 if whole else 0),
+        largest=max([whole and architecture.embedding_params, *(lora.r * max(shape) for shape in shapes.values())]),
+        tensors=2 * architecture.layers * len(shapes) + ends,
+        inner=lora.r * len(shapes),
+        dropout=lora.lora_dropout > 0,
     )

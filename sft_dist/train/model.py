@@ -76,7 +76,8 @@ def missing_weights(folder: Path) -> list[str]:
 def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
     """The causal language model that `model` names, its weights in `dtype`, or in 4 bits where its `lora` says so.
 
-    Under FSDP2 only the main process reads the weights, under ZeRO-3 every process keeps its share. Embeddings grow if
+    Under ZeRO-3 the main process reads the weights and every process keeps its share; else every process reads them all,
+    also under FSDP2, where all but the main one throw them away (transformers 5.23 with accelerate 1.15). Embeddings grow if
     the template added tokens. Raises PreflightError if there is no such model here.
     """
     import torch

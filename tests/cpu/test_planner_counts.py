@@ -9,8 +9,10 @@ import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from sft_dist.config.schema_parallel import LoraConfig
 from sft_dist.parallel.architecture import read_architecture
 from sft_dist.parallel.memory import layer_activations
+from sft_dist.parallel.weights import weights_of
 
 SHAPE = {
     "hidden_size": 256,
@@ -23,6 +25,7 @@ SHAPE = {
     "eos_token_id": 2,
 }
 TOKENS = 128
+R = 16
 KINDS = {
     "llama": ("LlamaConfig", {}),
     "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -76,7 +79,8 @@ def saved_bytes(kind: str, layers: int, dtype: str, lora: bool) -> int:
     )
     if lora:
         peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        settings = peft.LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)  # as train/adapter.py does
     decoder = model.get_base_model().model if lora else model.model
     own = {param.untyped_storage().data_ptr() for param in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
@@ -99,5 +103,5 @@ def saved_bytes(kind: str, layers: int, dtype: str, lora: bool) -> int:
 def test_activations(kind: str, dtype: str, lora: bool) -> None:
     layer = saved_bytes(kind, 3, dtype, lora) - saved_bytes(kind, 2, dtype, lora)
     architecture = read_architecture(built(kind).to_diff_dict(), kind)
-    counted = layer_activations(architecture, dtype, lora=lora)
-    assert counted == pytest.approx(layer / TOKENS, rel=0.03)
+    weights = weights_of(architecture, LoraConfig(r=R) if lora else None, dtype)
+    assert layer_activations(architecture, dtype, weights) == pytest.approx(layer / TOKENS, rel=0.03)
