@@ -147,14 +147,19 @@ def _compiled_layer(architecture: Architecture, width: int) -> int:
 
 
 def head_bytes(architecture: Architecture, weights: Weights, dtype: str, tokens: int) -> tuple[int, int]:
-    """Bytes while the loss is computed, with all positions trained; and what of it the backward pass still finds."""
+    """Bytes while the loss is computed, with all positions trained; and what of it the backward pass still finds.
+
+    train/loss.py, chunk by chunk: logits, their float32 copy and log-probabilities; then, those gone, the chunk's gradient
+    and its product, the part of the weight's gradient. With several chunks the parts are summed in float32.
+    """
     width = 4 if dtype == "float32" else 2
     matrix = architecture.embedding_params
-    logits = min(tokens, HEAD_CHUNK) * architecture.vocab * LOGIT_BYTES[dtype]
-    kept = 0 if weights.lora else 2 * matrix * width  # the gradient, and its product with that of the loss
-    # The weight's gradient: of the only chunk, or the sum over chunks in float32.
-    own = 0 if weights.lora else matrix * (width if tokens <= HEAD_CHUNK else 4)
-    return logits + own, kept
+    logits = min(tokens, HEAD_CHUNK) * architecture.vocab
+    if weights.lora:
+        return logits * LOGIT_BYTES[dtype], 0
+    summed = 0 if tokens <= HEAD_CHUNK else 4 * matrix
+    softmax, product = logits * LOGIT_BYTES[dtype] + summed, (logits + matrix) * width + summed
+    return max(softmax, product), 2 * matrix * width  # kept: the gradient, and its product with that of the loss
 
 
 def _width(layout: Layout) -> int:

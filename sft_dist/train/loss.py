@@ -143,6 +143,7 @@ class _HeadLoss(torch.autograd.Function):
             grad_hidden[start : start + size] = grad @ weight
             del logits, log_probs  # the next chunk's need their place: 6 bytes for each of 2,048 x 151,936
             if not wants_weight:
+                del grad
                 continue
             product = grad.t() @ rows
             # Several chunks are summed in float32: rounding each partial sum to bfloat16 would bias the gradient.

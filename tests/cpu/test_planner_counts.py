@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from sft_dist.config.schema_parallel import LoraConfig
+from sft_dist.parallel import memory
 from sft_dist.parallel.architecture import read_architecture
 from sft_dist.parallel.memory import layer_activations
 from sft_dist.parallel.weights import weights_of
+from sft_dist.train import loss
 
 SHAPE = {
     "hidden_size": 256,
@@ -105,3 +108,40 @@ def test_activations(kind: str, dtype: str, lora: bool) -> None:
     architecture = read_architecture(built(kind).to_diff_dict(), kind)
     weights = weights_of(architecture, LoraConfig(r=R) if lora else None, dtype)
     assert layer_activations(architecture, dtype, weights) == pytest.approx(layer / TOKENS, rel=0.03)
+
+
+def allocated_at_most(work: Any) -> int:
+    """The most bytes that `work` has allocated at once, by torch's own account of its CPU allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("hidden_size", [64, 1024], ids=["wide logits", "large matrix"])
+@pytest.mark.parametrize("tokens", [100, 1000], ids=["one chunk", "four chunks"])
+def test_the_head(tokens: int, hidden_size: int, dtype: str, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What train/loss.py has allocated while it computes: counted, and the hidden states' gradient, which is not the head's."""
+    monkeypatch.setattr(loss, "CPU_CHUNK", 250)
+    monkeypatch.setattr(memory, "HEAD_CHUNK", 250)
+    kind = getattr(torch, dtype)
+    hidden = torch.randn((tokens, hidden_size), dtype=kind, requires_grad=True)
+    weight = torch.randn((8000, hidden_size), dtype=kind, requires_grad=trained)
+    targets, divisor = torch.zeros(tokens, dtype=torch.int64), torch.tensor(tokens)
+
+    def forward() -> None:
+        loss._HeadLoss.apply(hidden, weight, targets, divisor)
+
+    forward()  # what is made once
+    tree = {**built("llama").to_diff_dict(), "hidden_size": hidden_size, "vocab_size": 8000}
+    architecture = read_architecture(tree, "head")
+    weights = weights_of(architecture, None if trained else LoraConfig(), dtype)
+    counted, _ = memory.head_bytes(architecture, weights, dtype, tokens)
+    most = allocated_at_most(forward) - hidden.nbytes
+    chunk = 250 * hidden_size * weight.itemsize  # a chunk's part of the hidden states' gradient
+    if dtype == "bfloat16" and trained and tokens > 250:
+        chunk += 4 * weight.numel()  # on a CPU bfloat16 is converted before it is added to a float32 sum
+    assert counted * 0.98 <= most <= counted * 1.02 + chunk
