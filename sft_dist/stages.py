@@ -10,7 +10,7 @@ from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, RunStopped, failure
 from sft_dist.files import write_json, write_text
-from sft_dist.parallel.heads import check_heads
+from sft_dist.parallel.batch import check_heads
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import this_world
 from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root

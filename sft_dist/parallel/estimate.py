@@ -8,9 +8,9 @@ from typing import Any
 
 from sft_dist.config.schema import Config
 from sft_dist.parallel.architecture import Architecture, find_architecture
+from sft_dist.parallel.batch import can_share, described, sizes
 from sft_dist.parallel.cost import StepTime, Work, step_time
 from sft_dist.parallel.hardware import GpuModel
-from sft_dist.parallel.heads import can_share, described, sizes
 from sft_dist.parallel.memory import Batch, GpuMemory, gpu_memory
 from sft_dist.parallel.plans import Layout
 from sft_dist.parallel.shares import GIB

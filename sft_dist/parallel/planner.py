@@ -8,10 +8,10 @@ from typing import Literal
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
+from sft_dist.parallel.batch import can_share, largest_below
 from sft_dist.parallel.compiling import counted_as_compiled
 from sft_dist.parallel.estimate import Cluster, Estimate, Job, estimate, job_of
 from sft_dist.parallel.hardware import GpuModel
-from sft_dist.parallel.heads import can_share, largest_below
 from sft_dist.parallel.plans import PLANS, Layout, Offload
 from sft_dist.parallel.shares import GIB
 from sft_dist.parallel.workload import Rows

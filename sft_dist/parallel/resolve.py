@@ -11,7 +11,7 @@ from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.parallel.adopt import accumulated, adopt, value_of, with_values
-from sft_dist.parallel.batch import check_share, share_rows
+from sft_dist.parallel.batch import check_heads, check_share, share_rows
 from sft_dist.parallel.decide import (
     decide_attention,
     decide_compiled,
@@ -20,7 +20,6 @@ from sft_dist.parallel.decide import (
     decide_processes,
     decide_threads,
 )
-from sft_dist.parallel.heads import check_heads
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.plans import PLANS, Layout
 from sft_dist.parallel.resolved import Resolved

@@ -65,8 +65,9 @@ that is trained, in bfloat16, over N GPUs:
 - **Compiled** are the layers as the config's `train.compile_layers` says; `auto` is taken for yes in bfloat16 with our
   attention, unless `train.max_steps` is below {compile_from}. Under zero3 they are counted as eager, which is the most they
   can take: it has not been measured yet with all layers compiled.
-- **Head**: logits of at most {chunk} trained tokens at a time, {logit_bytes} bytes each, and the weight's
-  gradient: 4 bytes while chunks are summed, 2 for a single one; 4 bytes in the backward pass.
+- **Head**: logits of at most {chunk} trained tokens at a time, {logit_bytes} bytes each, beside 4 bytes an element of the weight's
+  gradient while several chunks are summed (2 for the chunk's gradient and the product instead, where that is more); 4 bytes in
+  the backward pass. A frozen head has logits only.
 - **Fragmentation**: {fragmentation:.0%} of what is allocated. A choice should leave another {comfort:.0%} of the GPU free, since
   the estimates are good to about 10 %; if none does, one that just fits is taken (`tight`).
 - **Usable** is what nvidia-smi shows less {context} GiB for the CUDA context, and {nccl} GiB for NCCL with several processes.
@@ -105,8 +106,11 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 
 - Measured (torch 2.11, transformers 5.17, trl 1.16, DeepSpeed 0.19.8, November 2026): Qwen3-0.6B on one and two H200, the table
   below. Larger models, gradient checkpointing, LoRA, offload, accumulation and more GPUs are counted, not yet measured.
-- Seen but not explained: resumed on one GPU, the last four steps took 2.9 GiB more than is counted for them; with two GPUs
-  they took what is counted.
+- The measured runs still had the gradient of the chunk before and its product beside the logits, which the code now gives
+  back: 0.87 GiB. With it the compiled and eager runs below are predicted to 0.4%, but for one.
+- That one, resumed on one GPU, took 2.9 GiB more than is counted for the tokens that were replayed for it, and just what is
+  counted for 23,750. On a CPU a resumed run holds the same tensors as one that was not stopped, byte for byte. The script
+  now records the tokens itself; until it has run again the point stands as it is.
 - The time that engines add is measured as a whole for one model; that it grows with the number of tensors is assumed.
 - Matrix products and copies were measured on H100 and H200; other GPUs are taken to reach the share in the table below.
 - Between nodes: the network in the table, for each GPU, of which {network:.0%} arrives. It is a property of the cluster.

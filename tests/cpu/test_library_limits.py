@@ -82,7 +82,7 @@ def test_deepspeed_deals_out_heads_among_the_sizes_that_the_planner_allows(heads
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.sequence_parallel import ulysses_sp
 
-    from sft_dist.parallel.heads import sizes
+    from sft_dist.parallel.batch import sizes
 
     def accepts(size):
         monkeypatch.setattr(ulysses_sp.dist, "get_world_size", lambda group=None: size)

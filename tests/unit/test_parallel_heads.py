@@ -10,7 +10,7 @@ import pytest
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
-from sft_dist.parallel.heads import check_heads, heads_of, largest_below, sizes
+from sft_dist.parallel.batch import check_heads, heads_of, largest_below, sizes
 from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.resolve import resolve
 
