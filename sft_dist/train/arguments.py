@@ -13,9 +13,10 @@ from sft_dist.parallel.deepspeed_file import deepspeed_settings
 from sft_dist.parallel.plans import fsdp_config, parallelism_config
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
+from sft_dist.train.resume import Resume
 
 
-def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: bool, engine: bool = True) -> SFTConfig:
+def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: bool, engine: bool = True, resume: Resume | None = None) -> SFTConfig:
     """TRL's arguments for a run; without `engine` those that need no other process.
 
     The object must exist before the model is loaded: with ZeRO-3 transformers then loads each process's share only.
@@ -27,6 +28,8 @@ def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: boo
         arguments["pad_to_multiple_of"] = config.data.max_length
     if engine:
         arguments |= _engine_arguments(resolved)
+    if resume is not None and resume.universal:
+        arguments["deepspeed"]["checkpoint"] = {"load_universal": True}
     loss_type = config.train.extra.get("loss_type", "nll")
     if loss_type not in ("nll", "dft"):  # checked by SFTTrainer itself only once the model is there
         raise ConfigError(f"train.extra.loss_type {loss_type!r} is not one of nll, dft")

@@ -8,6 +8,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sft_dist.config.schema import Config
 from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl, write_text
 from sft_dist.rundir import RunDir
+from sft_dist.train import universal
 from sft_dist.train.checkpoint import rotate, write_manifest
 from sft_dist.train.forecast import write_measurements
 from sft_dist.train.progress import Progress
@@ -24,6 +26,23 @@ from sft_dist.train.shutdown import StopRequest
 log = logging.getLogger(__name__)
 # status.json is a file on a shared filesystem: often enough to follow a run, rarely enough not to load it.
 STATUS_EVERY_S = 5.0
+
+
+class CutAnew(TrainerCallback):  # type: ignore[misc]
+    """Once a universal copy of a checkpoint is loaded: mends the optimizer and removes the copy. Every process has one."""
+
+    def __init__(self, checkpoint: Path, ranks: Ranks) -> None:
+        self.checkpoint, self.ranks = checkpoint, ranks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first event after the load."""
+        zero = kwargs["optimizer"].optimizer  # accelerate's wrapper of DeepSpeed's wrapper of AdamW
+        universal.mend(zero.optimizer, self.checkpoint)
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            universal.discard(self.checkpoint)
 
 
 class RunRecorder(TrainerCallback):  # type: ignore[misc]

@@ -12,9 +12,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
-from sft_dist.errors import CheckpointError, ConfigError, RunStopped, SftDistError
-from sft_dist.files import read_json, write_json
-from sft_dist.parallel.decide import WHOLE
+from sft_dist.errors import ConfigError, RunStopped, SftDistError
+from sft_dist.files import write_json
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
 from sft_dist.rundir import RunDir
@@ -40,10 +39,11 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.adapter import add_adapter
     from sft_dist.train.arguments import sft_config
     from sft_dist.train.attention import register
-    from sft_dist.train.callbacks import RunRecorder, trackers
+    from sft_dist.train.callbacks import CutAnew, RunRecorder, trackers
     from sft_dist.train.forecast import write_forecast
     from sft_dist.train.model import compile_layers, gather_by_layer, load_model
     from sft_dist.train.publish import publish_model
+    from sft_dist.train.resume import resume_from
     from sft_dist.train.tokenizer import load_tokenizer
     from sft_dist.train.trainer import build_trainer
 
@@ -51,13 +51,15 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, resolved, prepared.ledger, ranks)
+    facts = {**resolved.facts(), "data": prepared.ledger["key"]}
+    resume = ranks.by_main(lambda: resume_from(run, facts))
     if resolved.layout.plan.engine == "deepspeed":
         tell_deepspeed(use_cpu=resolved.use_cpu)
     if resolved.layout.plan.engine == "fsdp2":
         # transformers asks for it when it loads: only the main process then reads the weights.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     # Before the model: from here on transformers knows that each process keeps a share of it only.
-    arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None)
+    arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None, resume=resume)
     # Weights that an adapter leaves as they are need no float32 masters.
     dtype = resolved.loading_dtype if config.model.lora is None else resolved.dtype
     model = load_model(config.model, tokens, dtype=dtype, attn_implementation=resolved.attn_implementation)
@@ -70,15 +72,15 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     forecast = (
         write_forecast(run, config, resolved, this_machine(), prepared.ledger["train"]) if ranks.is_main else None
     )
-    facts = {**resolved.facts(), "data": prepared.ledger["key"]}
     progress = Progress(silent=not ranks.is_main)
     recorder = RunRecorder(run, config, current.stop, progress, facts, ranks, forecast)
     callbacks = [recorder, *(trackers(config, run) if ranks.is_main else ())]
+    if resume is not None and resume.universal:
+        callbacks.append(CutAnew(resume.checkpoint, ranks))
     trainer = build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks)
-    checkpoint = ranks.by_main(lambda: _resume_from(run, facts))
     with current.stop.deferred():
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))
         except ValueError as error:
             raise _disagreement(error) from None
         finally:
@@ -137,35 +139,3 @@ def summary(ledger: dict[str, Any]) -> str:
         f"data: {train['rows']} rows, {train['tokens']} tokens, {share:.1f}% trained; "
         f"{train['truncated_rows']} rows cut, {dropped} dropped; {ledger['template']}"
     )
-
-
-def _resume_from(run: RunDir, facts: dict[str, Any]) -> str | None:
-    from sft_dist.train.checkpoint import MANIFEST, newest_complete
-
-    checkpoint, torn = newest_complete(run)
-    for line in torn:
-        log.warning("%s", line)
-    if checkpoint is None:
-        return None
-    manifest = read_json(checkpoint / MANIFEST)
-    _refuse_other_run(checkpoint.name, manifest, facts)
-    log.info("resuming from %s", checkpoint.name)
-    return str(checkpoint)
-
-
-def _refuse_other_run(name: str, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
-    """CheckpointError if the checkpoint's files mean something else to the plan, the data or the dtype of now."""
-    names = ["data", "dtype", "plan"]
-    # FSDP2's checkpoints are cut anew for any number of processes, and those of whole copies are not cut at all.
-    if manifest.get("plan") in ("zero1", "zero2", "zero3"):
-        names.append("world_size")
-    changed = [field for field in names if manifest.get(field) != facts[field]]
-    if manifest.get("plan") in WHOLE and facts["plan"] in WHOLE and "plan" in changed:
-        changed.remove("plan")
-    if not changed:
-        return
-    was, now = [manifest.get(field) for field in changed], [facts[field] for field in changed]
-    hint = "restore what it was, or start a new run with run.name=ANOTHER_NAME"
-    if "world_size" in changed:
-        hint = f"DeepSpeed's checkpoint is in {was[changed.index('world_size')]} parts: resume with as many processes"
-    raise CheckpointError(f"{name} was trained with other {' and '.join(changed)}: {was}, now {now}", hint=hint)
