@@ -142,6 +142,25 @@ What the plans set, and why; what is not listed has the library's default. The c
 reasons beside it.
 """
 
+RESUMING = """\
+## Resuming with other processes
+
+A run goes on with any number of processes whose micro batches make up `train.global_batch_size`: rows, loss, optimizer
+states and schedule are those of the uninterrupted run, up to the rounding of sums. Random numbers (dropout) go on only in
+processes that were there before; from one process to several, and back, they begin anew.
+
+| from | to | how |
+|---|---|---|
+| `cpu`, `single`, `ddp` | the same three | the files hold everything whole |
+| `fsdp2` | `fsdp2` | each process reads its new share of the old shards |
+| `zero1`, `zero2`, `zero3` | the same three | the main process first has DeepSpeed's tool make a universal copy inside the checkpoint |
+
+The universal copy is removed once it is loaded. Until then it takes up to two and a half times the checkpoint's size on
+disk, which is looked up first. It is not needed with as many processes and the plan of before. Refused, with what to
+do instead: other pairs of plans; states that were offloaded to NVMe; under `zero1` and `zero2` rows that several GPUs
+share, and under `zero3` if a step would have other rows.
+"""
+
 
 TOLD = """\
 ## What `accelerate launch` says
@@ -199,6 +218,7 @@ def plans_page() -> str:
     parts = [PLANS_HEAD.strip(), "\n".join(rows), SETTINGS_HEAD.strip()]
     parts += [f"### {title}\n\n{_settings(rendered)}" for title, rendered in tables]
     parts.append(TOLD.strip())
+    parts.append(RESUMING.strip())
     return "\n\n".join(parts) + "\n"
 
 

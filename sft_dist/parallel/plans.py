@@ -68,7 +68,7 @@ PLANS = {
             "fsdp2",
             "fsdp2",
             _OGP,
-            "not even the parameters fit; its checkpoints load on another number of GPUs",
+            "not even the parameters fit; needs no other package; other numbers of GPUs load its checkpoints as they are",
             _GATHERED,
         ),
     )

@@ -16,7 +16,15 @@ from sft_dist.rundir import RunDir
 from sft_dist.train.resume import Resume
 
 
-def sft_config(config: Config, resolved: Resolved, run: RunDir, *, has_eval: bool, engine: bool = True, resume: Resume | None = None) -> SFTConfig:
+def sft_config(
+    config: Config,
+    resolved: Resolved,
+    run: RunDir,
+    *,
+    has_eval: bool,
+    engine: bool = True,
+    resume: Resume | None = None,
+) -> SFTConfig:
     """TRL's arguments for a run; without `engine` those that need no other process.
 
     The object must exist before the model is loaded: with ZeRO-3 transformers then loads each process's share only.

@@ -23,6 +23,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # PEFT 0.21 asks by the old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19.8 about universal checkpoints of models without tensor parallelism, on each process.
+    builtin_logging.getLogger("DeepSpeed").addFilter(lambda record: "MPU is not provided" not in record.getMessage())
     # On a CPU: its kernels would come from the Hub, and are not needed.
     builtin_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(builtin_logging.ERROR)
     # torch 2.13's own FSDP and DeepSpeed call them by the old names, several times a step.

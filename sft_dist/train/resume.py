@@ -9,15 +9,16 @@ from typing import Any
 
 from sft_dist.errors import CheckpointError
 from sft_dist.files import read_json
+from sft_dist.parallel.decide import WHOLE
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
 from sft_dist.train.checkpoint import MANIFEST, newest_complete
 
 log = logging.getLogger(__name__)
 
-# Plans whose checkpoints mean the same: whole models and optimizers in the same files, or DeepSpeed's shards, which its
-# universal checkpoints make of each other's.
-WHOLE, DEEPSPEED = ("cpu", "single", "ddp"), ("zero1", "zero2", "zero3")
+# Plans whose checkpoints mean the same, as those of WHOLE do: DeepSpeed's shards, which its universal checkpoints make of
+# each other's.
+DEEPSPEED = ("zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def resume_from(run: RunDir, facts: dict[str, Any]) -> Resume | None:
         return None
     manifest = read_json(checkpoint / MANIFEST)
     refuse_other_run(checkpoint.name, manifest, facts)
+    refuse_uncuttable(checkpoint.name, manifest, facts)
     universal.discard(checkpoint)  # of an attempt that ended before it had loaded it
     if not cut_anew(manifest, facts):
         log.info("resuming from %s", checkpoint.name)
@@ -72,3 +74,50 @@ def refuse_other_run(name: str, manifest: dict[str, Any], facts: dict[str, Any])
         hint = "restore what it was, or start a new run with run.name=ANOTHER_NAME"
         raise CheckpointError(f"{name} was trained with other {' and '.join(changed)}: {was}, now {now}", hint=hint)
 
+
+def refuse_uncuttable(name: str, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
+    """CheckpointError where DeepSpeed 0.19.8 cannot load the shards of `manifest` for the processes of `facts`.
+
+    docs/decisions.md (2026-11-22) has the evidence for each case.
+    """
+    if manifest.get("plan") not in DEEPSPEED:
+        return
+    was, now = ({**_ALONE, **values} for values in (manifest, facts))
+    cut = cut_anew(manifest, facts)
+    why, hint = "", "restore plan, processes and parallel of before, or start a new run with run.name=ANOTHER_NAME"
+    # engine.py, load_checkpoint: what is on NVMe are files of each process, copied as they are.
+    on_disk = [values["offload"] == "nvme" for values in (was, now)]
+    if any(on_disk) and (cut or not all(on_disk)):
+        why = "DeepSpeed reads optimizer states on NVMe back only as the processes left them"
+    elif cut and {was["sequence_parallel_size"], now["sequence_parallel_size"]} != {1}:
+        why, hint = _shared_rows(was, now) or ("", hint)
+    if why:
+        raise CheckpointError(f"{name} was saved by {_told(was)}, now it is {_told(now)}: {why}", hint=hint)
+
+
+_ALONE = {"offload": "none", "sequence_parallel_size": 1, "gradient_accumulation_steps": 1}
+
+
+def _shared_rows(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:
+    """Why a checkpoint cannot be cut anew where processes share rows, and what to do; None if it can."""
+    size, field = was["sequence_parallel_size"], "parallel.sequence_parallel_size"
+    before = f"resume with plan {was['plan']}, {was['world_size']} process(es) and {field}={size}"
+    if size != now["sequence_parallel_size"]:
+        return f"{field} cannot change together with plan or processes", before
+    if (was["plan"], now["plan"]) != ("zero3", "zero3"):
+        # The engine writes the groups that share rows into the checkpoint as tensor parallelism.
+        return "where processes share rows, DeepSpeed's tool cuts only zero3 anew", before
+    # Each process brings a batch that its group then computes in turn; a step that ends between the turns has other rows
+    # where there are more groups.
+    if any(values["gradient_accumulation_steps"] % size for values in (was, now)):
+        told = f"a step has the same rows only if gradient accumulation is a multiple of {field}={size}"
+        return told, f"{before}, or choose a smaller train.per_device_train_batch_size"
+    return None
+
+
+def _told(values: dict[str, Any]) -> str:
+    given = [f"offload={values['offload']}"] if values["offload"] != "none" else []
+    if values["sequence_parallel_size"] > 1:
+        given.append(f"sequence_parallel_size={values['sequence_parallel_size']}")
+        given.append(f"gradient accumulation {values['gradient_accumulation_steps']}")
+    return f"{values['world_size']} process(es) of {', '.join([values['plan'], *given])}"

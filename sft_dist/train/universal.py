@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 UNIVERSAL, PARTIAL, LATEST = "universal", "universal.partial", "latest_universal"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-# The tool has all float32 states in a temporary folder when it writes them once more, then copies the rest.
-ROOM = 2.0
 
 
 def convert(checkpoint: Path, *, was: str, now: str, processes: int) -> None:
@@ -182,13 +180,16 @@ def _optimizer_file(universal: Path) -> Path:
 
 
 def _need_room(checkpoint: Path, shards: Path) -> None:
-    needed = ROOM * sum(path.stat().st_size for path in shards.iterdir())
-    free = shutil.disk_usage(checkpoint).free
+    """CheckpointError if the tool would fill the disk: it has all states in a temporary folder when it writes them again,
+    and one shard of stage 3 once more.
+    """
+    sizes = [path.stat().st_size for path in shards.iterdir()]
+    needed, free = 2 * sum(sizes) + max(sizes), shutil.disk_usage(checkpoint).free
     if free < needed:
         gib = 2**30
         raise CheckpointError(
-            f"{checkpoint.name} is in the shards of other processes, and cutting it anew takes {needed / gib:.1f} GiB "
-            f"for a while; {checkpoint} has {free / gib:.1f} GiB left",
+            f"{checkpoint.name} is in the shards of other processes, and cutting it anew takes {needed / gib:.3g} GiB "
+            f"for a while; {checkpoint.parent} has {free / gib:.3g} GiB left",
             hint="make room there, or resume with as many processes and the plan of before",
         )
 

@@ -6,6 +6,8 @@ state that accelerate and transformers keep in modules is put back to its start.
 SIGTERM in this step; a run that is named again afterwards goes on. A run that sft-dist refuses is left as it is, and the
 next one follows.
 
+DeepSpeed's tool for universal checkpoints is a fork as well, where the package starts a process of its own.
+
 Beside what a worker writes, each run gets forwards.json: how often a decoder layer computed its forward pass.
 """
 
@@ -25,6 +27,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed  # noqa: F401
+from deepspeed.checkpoint import ds_to_universal
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.errors import RunStopped, SftDistError, explained
@@ -32,7 +35,7 @@ from sft_dist.files import write_json
 from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.world import this_world
 from sft_dist.rundir import RunDir
-from sft_dist.train import arguments, callbacks, publish, trainer  # noqa: F401
+from sft_dist.train import arguments, callbacks, publish, trainer, universal  # noqa: F401
 from sft_dist.train.attempt import attempt, joined
 from sft_dist.train.ranks import Ranks, join, leave
 from sft_dist.train.settle import record_environment, resolve_here
@@ -88,6 +91,7 @@ def fork(nodes: int, each: int, arms: list[str]) -> bool:
 
 def train_all(arms: list[str]) -> int:
     """What one process does: every run in turn."""
+    universal.run_tool = fork_tool
     for argument in arms:
         folder, _, stop = argument.partition("@")
         forget()
@@ -116,6 +120,24 @@ def train_all(arms: list[str]) -> int:
             write_json(run.path / "forwards.json", forwards[0])
     leave()
     return 0
+
+
+def fork_tool(checkpoint: Path, shards: str) -> None:
+    """As universal.run_tool, without starting Python and importing DeepSpeed again."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(checkpoint)
+            folders = ["--input_folder", shards, "--output_folder", f"{universal.PARTIAL}/{universal.UNIVERSAL}"]
+            alone = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+            sys.argv = ["ds_to_universal", "--inject_missing_state", *folders, *alone]
+            ds_to_universal.main(ds_to_universal.parse_arguments())
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def forget() -> None:

@@ -1,0 +1,137 @@
+"""Which checkpoints a run may go on from: decided from the manifest alone, before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_dist.errors import CheckpointError
+from sft_dist.train import universal
+from sft_dist.train.resume import cut_anew, refuse_other_run, refuse_uncuttable
+
+FACTS: dict[str, Any] = {
+    "plan": "zero2",
+    "world_size": 2,
+    "data": "abc",
+    "dtype": "bfloat16",
+    "offload": "none",
+    "sequence_parallel_size": 1,
+    "gradient_accumulation_steps": 4,
+}
+
+
+def facts(plan: str = "zero2", world: int = 2, **others: Any) -> dict[str, Any]:
+    return {**FACTS, "plan": plan, "world_size": world, **others}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "anew"),
+    [
+        (facts(), facts(), False),
+        (facts(), facts(world=4), True),
+        (facts(), facts("zero1"), True),
+        (facts("zero3", 8), facts("zero1", 1), True),
+        (facts("fsdp2"), facts("fsdp2", 4), False),
+        (facts("ddp"), facts("cpu", 1), False),
+    ],
+)
+def test_only_shards_of_deepspeed_are_cut_anew(was: dict[str, Any], now: dict[str, Any], anew: bool) -> None:
+    refuse_other_run("checkpoint-3", was, now)
+    refuse_uncuttable("checkpoint-3", was, now)
+    assert cut_anew(was, now) == anew
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        (facts("zero3"), facts("fsdp2"), r"other plan: \['zero3'\], now \['fsdp2'\]"),
+        (facts("zero1", 1), facts("ddp", 1), "other plan"),
+        (facts("fsdp2"), facts("zero3"), "other plan"),
+        (facts(data="abc"), facts(world=4, data="xyz"), "other data"),
+        (facts("cpu"), facts("ddp", dtype="float32"), "other dtype: "),
+        ({"step": 3}, facts(), "other data and dtype and plan"),
+    ],
+)
+def test_what_means_something_else_is_refused(was: dict[str, Any], now: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        refuse_other_run("checkpoint-3", was, now)
+    assert "run.name=ANOTHER_NAME" in str(caught.value)
+
+
+def shared(plan: str, world: int, accumulation: int = 4, size: int = 2) -> dict[str, Any]:
+    return facts(plan, world, sequence_parallel_size=size, gradient_accumulation_steps=accumulation)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message", "hint"),
+    [
+        (facts("zero3", offload="nvme"), facts("zero3", 4, offload="nvme"), "offload=nvme", "restore plan"),
+        (facts("zero3", offload="nvme"), facts("zero3"), "on NVMe back only as the processes left them", "restore"),
+        (facts("zero3"), facts("zero3", offload="nvme"), "now it is 2 process.* offload=nvme", "restore"),
+        (shared("zero2", 2), shared("zero2", 4), "DeepSpeed's tool cuts only zero3 anew", "zero2, 2 process"),
+        (shared("zero3", 2), shared("zero2", 2), "cuts only zero3 anew", "resume with plan zero3"),
+        (shared("zero3", 4), facts("zero3", 2), "cannot change together with", "sequence_parallel_size=2"),
+        (shared("zero3", 2), shared("zero3", 4, 1), "accumulation is a multiple of .*=2", "smaller train.per_device"),
+    ],
+)
+def test_what_deepspeed_cannot_cut_anew_is_refused(
+    was: dict[str, Any], now: dict[str, Any], message: str, hint: str
+) -> None:
+    refuse_other_run("checkpoint-3", was, now)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        refuse_uncuttable("checkpoint-3", was, now)
+    assert caught.value.hint is not None
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (shared("zero3", 2), shared("zero3", 4, 2)),
+        (shared("zero2", 2, 1), shared("zero2", 2, 1)),
+        (facts("zero3", offload="nvme"), facts("zero3", offload="nvme")),
+        (facts("zero2", offload="cpu"), facts("zero3", 4)),
+        ({"plan": "zero1", "world_size": 2}, facts("zero1", 4)),
+    ],
+)
+def test_what_it_can_is_not(was: dict[str, Any], now: dict[str, Any]) -> None:
+    refuse_uncuttable("checkpoint-3", was, now)
+
+
+def test_a_process_without_any_part_of_a_group_is_refused() -> None:
+    universal.refuse_empty_parts([10**6, 65_536], 64)
+    universal.refuse_empty_parts([10**6, 13], 4)  # 4 + 4 + 4 + 1
+    with pytest.raises(
+        CheckpointError, match="parameters of 320 numbers in all leave nothing for some of 64 processes"
+    ):
+        universal.refuse_empty_parts([10**6, 320], 64)
+
+
+def test_the_tool_is_told_where_by_relative_paths_and_its_last_line_is_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >arguments\npwd\necho "OSError: [Errno 28] No space left on device"\nexit 3\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(CheckpointError, match=r"cut checkpoint-3 anew: OSError: .*left on device \(exit status 3\)"):
+        universal.run_tool(checkpoint, "global_step3")
+    told = (checkpoint / "arguments").read_text().split()
+    assert told[-4:] == ["--input_folder", "global_step3", "--output_folder", "universal.partial/universal"]
+
+
+def test_what_an_attempt_left_half_made_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "universal.partial" / "universal").mkdir(parents=True)
+    (tmp_path / "universal" / "zero").mkdir(parents=True)
+    (tmp_path / "latest_universal").write_text("universal")
+    (tmp_path / "latest").write_text("global_step3")
+    universal.discard(tmp_path)
+    universal.discard(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
