@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +57,12 @@ def begin_each_epoch_anew(loader: Any) -> None:
     """Mend DeepSpeed's loader of shared rows (0.19.8, UlyssesSPDataLoaderAdapter) in place.
 
     Trainer stops after an epoch's last batch and so never meets the end at which that loader begins again: the first
-    step of every later epoch was left out, and the order never changed. Can go when the loader does the same.
+    step of every later epoch was left out, and the order never changed. Can go when the loader does the same. A run that
+    goes on in the middle of an epoch needs `_skip_first_batches`, which Trainer knows by the name in its module only.
     """
+    from transformers import trainer
+
+    trainer.skip_first_batches = _skip_first_batches
     kind = type(loader)
 
     def begin(self: Any) -> Any:
@@ -68,3 +74,27 @@ def begin_each_epoch_anew(loader: Any) -> None:
         self.dl.set_epoch(epoch)
 
     loader.__class__ = type(kind.__name__, (kind,), {"__iter__": begin, "set_epoch": set_epoch})
+
+
+def _skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
+    """As accelerate's (1.15), which asks for `dataset` and so fails with AttributeError for a loader of shared rows.
+
+    Such a loader yields each batch of the one inside it in as many turns as processes share a row.
+    """
+    from accelerate import skip_first_batches
+
+    if not hasattr(loader, "micro_batches"):
+        return skip_first_batches(loader, num_batches)
+    batches, turns = divmod(num_batches, loader.sp_world_size)
+    rest = copy.copy(loader)
+    rest.dl, rest.micro_batches = skip_first_batches(loader.dl, batches), deque()
+    kind = type(loader)
+
+    def begin(self: Any) -> Any:
+        kind.__iter__(self)
+        for _ in range(turns):
+            next(self)
+        return self
+
+    rest.__class__ = type(kind.__name__, (kind,), {"__iter__": begin})
+    return rest
