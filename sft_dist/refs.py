@@ -16,6 +16,7 @@ from sft_dist.config.sft_fields import known_sft_fields, sft_config_fields
 from sft_dist.files import write_text
 from sft_dist.jobs.examples import example_files
 from sft_dist.parallel.launch_files import launch_files
+from sft_dist.parallel.plans_page import plans_page
 from sft_dist.parallel.table import planner_table
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def light_files() -> dict[str, str]:
         "docs/config.md": config_reference(schema),
         "docs/sft-dist.schema.json": json.dumps(schema, indent=2) + "\n",
         "docs/planner.md": planner_table(),
+        "docs/plans.md": plans_page(),
         **launch_files(),
         **example_files(),
         "slurm/profile.yaml": profile_file(),

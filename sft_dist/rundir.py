@@ -177,7 +177,7 @@ class RunDir:
 
 def _take(stream: TextIO) -> None:
     """Lock `stream` for this process; tried for a moment, since `held` takes the lock for an instant to see if it is free."""
-    for _ in range(3):
+    for _ in range(15):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return

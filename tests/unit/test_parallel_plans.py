@@ -12,7 +12,7 @@ import yaml
 
 from sft_dist.config.schema_parallel import PlanName
 from sft_dist.parallel.accelerate_file import accelerate_config
-from sft_dist.parallel.launch_files import VARIANTS, formula, launch_files, plan_files
+from sft_dist.parallel.launch_files import VARIANTS, launch_files, plan_files
 from sft_dist.parallel.plans import (
     BYTES,
     PLANS,
@@ -23,6 +23,7 @@ from sft_dist.parallel.plans import (
     fsdp_config,
     parallelism_config,
 )
+from sft_dist.parallel.plans_page import formula
 
 ROOT = Path(__file__).resolve().parents[2]
 
