@@ -139,7 +139,8 @@ def test_what_the_file_tells_the_worker_is_its_layout(name, tmp_path, monkeypatc
     node = Machine("x", 64, False, 512.0, () if layout.use_cpu else (Gpu("NVIDIA H100", 80.0, 9.0),) * each)
     world = with_told(this_world())
     assert world.told.unused == ()
-    config = Config.model_validate({"train": {"global_batch_size": 64}})
+    # Its numbers are packaged, and its heads can be shared by four.
+    config = Config.model_validate({"model": {"name": "Qwen/Qwen3-0.6B"}, "train": {"global_batch_size": 64}})
     resolved = resolve(config, node, world)
     assert (
         dataclasses.replace(
