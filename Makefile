@@ -35,7 +35,7 @@ unit: $(VENV)/.ready ## Run the fast tests only
 	$(PYTEST) tests/unit $(ARGS)
 
 test-slurm: $(VENV)/.ready ## Run the tests that start a real SLURM (needs its packages and root: slurm/README.md)
-	$(PYTEST) tests/slurm $(ARGS)
+	$(PYTEST) --dist load --maxschedchunk 1 tests/slurm $(ARGS)
 
 lint: $(VENV)/.ready ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

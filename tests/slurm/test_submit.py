@@ -101,23 +101,26 @@ def test_two_runs_at_once_train_as_four_processes_here(
         assert (run.plan / "job.sbatch").read_text() == next(run.path.glob(f"slurm/{job}_submission.sh")).read_text()
 
 
-def test_preempted_and_out_of_time_it_comes_back_and_finishes(each_lab: Lab, submit: Submit) -> None:
-    lab = each_lab
-    steps = 800
+def test_preempted_it_comes_back_and_finishes(each_lab: Lab, submit: Submit) -> None:
+    """Under linuxproc it then reaches its time limit, too; the signal of that takes the same way under cgroup."""
+    lab, steps = each_lab, 400  # so many that it does not finish before it is preempted
     run, job = submit("long", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=long", f"train.max_steps={steps}")
     lab.eventually(past_step(run, 3), PATIENCE, job)
     # All of both nodes, so that the job must leave.
     lab.submit("true", "--partition=high", "--nodes=2", "--exclusive")
     lab.hurry(job)
-    lab.eventually(past_step(run, run.read_status()["step"] + 3), PATIENCE, job)
-    lab.run("scancel", "--signal=USR2", job)
-    lab.hurry(job)
+    expected = ["requeue 1 of 10: preemption"]
+    if "cgroup" not in lab.options:
+        lab.eventually(past_step(run, run.read_status()["step"] + 3), PATIENCE, job)
+        lab.run("scancel", "--signal=USR2", job)
+        lab.hurry(job)
+        expected.append("requeue 2 of 10: time limit")
     lab.wait_for(job, patience=PATIENCE)
-    first, second, third = read_jsonl(run.attempts)
-    assert decisions(run) == ["requeue 1 of 10: preemption", "requeue 2 of 10: time limit", "done"]
-    assert {row["job_id"] for row in (first, second, third)} == {job}
-    assert (second["first_step"], third["first_step"]) == (first["last_step"], second["last_step"])
-    assert third["last_step"] == steps
+    rows = read_jsonl(run.attempts)
+    assert decisions(run) == [*expected, "done"]
+    assert {row["job_id"] for row in rows} == {job}
+    assert [row["first_step"] for row in rows] == [0, *(row["last_step"] for row in rows[:-1])]
+    assert rows[-1]["last_step"] == steps
     assert run.read_status()["state"] == "done"
 
 
