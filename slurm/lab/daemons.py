@@ -119,13 +119,16 @@ def start_munged(lab: Lab) -> None:
 
 
 def start_mariadbd(lab: Lab) -> None:
-    data = lab.path / "mariadb" / "data"
+    data, temporary = lab.path / "mariadb" / "data", lab.path / "mariadb" / "tmp"
+    # Not in /tmp: two that start at the same moment give their temporary tables the same names.
+    temporary.mkdir(parents=True, exist_ok=True)
+    own = [f"--datadir={data}", f"--tmpdir={temporary}"]
     if not (data / "mysql").is_dir():
-        install = ["mariadb-install-db", *SMALL_DATABASE, f"--datadir={data}", "--skip-test-db", "--skip-name-resolve"]
+        install = ["mariadb-install-db", *SMALL_DATABASE, *own, "--skip-test-db", "--skip-name-resolve"]
         done = command(lab, *install, "--auth-root-authentication-method=normal", patience=PATIENCE)
         if done.returncode:
             raise LabError(f"mariadb-install-db failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    words = ["mariadbd", *SMALL_DATABASE, f"--datadir={data}", f"--socket={lab.mariadb_socket}"]
+    words = ["mariadbd", *SMALL_DATABASE, *own, f"--socket={lab.mariadb_socket}"]
     # Only root can reach the socket's folder, so there is nobody to tell apart by passwords.
     words += ["--skip-networking", "--skip-grant-tables", "--performance-schema=off", "--skip-log-bin"]
     # slurmdbd complains about less.
