@@ -25,14 +25,16 @@ WIDE = 180
 LINES_EVERY_S, STATE_EVERY_S = 0.5, 10.0
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
+RunsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN]...", help="Names or directories of runs, or folders of runs; all if not given."),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def status(
-    runs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Names or directories of runs, or folders of runs; all if not given."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    runs: RunsArgument = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """State, step, loss, time left and attempts of runs. Example: sft-dist status"""
     from sft_dist.jobs.status import look
@@ -101,11 +103,8 @@ def cancel(
 
 
 def sync(
-    runs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Names or directories of runs, or folders of runs; all if not given."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    runs: RunsArgument = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Upload what wandb wrote on nodes without a network. Example: sft-dist sync demo"""
     from sft_dist.errors import ConfigError, SftDistError

@@ -78,10 +78,6 @@ def state(run: RunDir, *wanted: str) -> Callable[[], bool]:
     return lambda: run.read_status().get("state") in wanted
 
 
-def sacct(lab: Lab, job: str) -> str:
-    return lab.run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode")
-
-
 def test_two_runs_at_once_train_as_four_processes_here(
     lab: Lab, submit: Submit, run_cli: RunCli, tmp_path: Path
 ) -> None:

@@ -186,10 +186,13 @@ def test_looking_does_not_keep_a_run_from_starting() -> None:
     looker += "end = time.monotonic() + 1.5\nwhile time.monotonic() < end: RunDir(Path(sys.argv[1])).held()"
     run.lock.touch()
     with subprocess.Popen([sys.executable, "-c", looker, str(run.path)]) as process:
+        starts = 0
         while process.poll() is None:
             with run.locked():
-                pass
+                starts += 1
             time.sleep(0.001)
+    assert process.returncode == 0, "nobody looked"
+    assert starts > 0
 
 
 # --- on SLURM --------------------------------------------------------------------------------------------------------

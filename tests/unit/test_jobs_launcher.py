@@ -196,6 +196,7 @@ def test_a_launcher_that_is_killed_takes_its_agent_with_it(scripts: Path) -> Non
     killed.kill()
     killed.wait()
     until(lambda: not alive(agent))
+    assert not alive(agent)
     for pid in workers(scripts):  # this agent is no torchrun
         os.kill(pid, signal.SIGKILL)
 

@@ -173,6 +173,8 @@ def test_words_never_raise(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
     leave_words(RunDir(tmp_path), ValueError("x"), 0)
     leave_ending(RunDir(tmp_path), 0, 1, 9)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    assert (tmp_path / "logs").read_text() == "a file"
 
 
 def line(step: int = 0, checkpoint: int = 0, stages: int = 0, job: str = "41") -> dict[str, Any]:

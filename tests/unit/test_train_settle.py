@@ -18,6 +18,7 @@ from sft_dist.config.loader import write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import PreflightError
 from sft_dist.files import read_json, read_jsonl
+from sft_dist.jobs import launcher
 from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.resolve import Resolved, resolve, with_rows
 from sft_dist.parallel.told import Told
@@ -69,6 +70,8 @@ def test_a_run_that_goes_on_where_a_package_is_missing_starts_no_process(
     run.path.mkdir()
     run.config.write_text(write_config(Config.model_validate({"run": {"name": "mine"}, "parallel": ZERO2})))
     monkeypatch.setattr(settle, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    for start in ("run_workers", "run_alone"):
+        monkeypatch.setattr(launcher, start, lambda *_: pytest.fail("a process was started"))
     with pytest.raises(PreflightError, match="deepspeed is not installed"):
         run_here(run)
     assert [row["ended"] for row in read_jsonl(run.attempts)] == ["failed"]
