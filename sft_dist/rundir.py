@@ -5,6 +5,7 @@ runs/NAME/
   plan/accelerate.yaml  plan/deepspeed.json  the plan's settings, as accelerate and DeepSpeed read them
   plan/deepspeed_given.json                  the DeepSpeed file of `accelerate launch`, which stands over the plan's settings
   plan/predicted.json  plan/measured.json    what the planner said of GPU memory and time, and what it was
+  plan/pace.json                             measured seconds of a step, a save and a start
   status.json  attempts.jsonl                state: queued|running|stopped|failed|done, step, reason; one line an attempt
   metrics.jsonl  data/ledger.json            one line a log event; rows and tokens in, dropped and why
   checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
@@ -114,6 +115,10 @@ class RunDir:
     @property
     def measured(self) -> Path:
         return self.path / "plan" / "measured.json"
+
+    @property
+    def pace(self) -> Path:
+        return self.path / "plan" / "pace.json"
 
     @property
     def loss_plot(self) -> Path:

@@ -120,6 +120,8 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         resolved = resolve_here(config, nodes=len(place.nodes) if place else 1, run=run)
         needs_packages(config, resolved)
         record_environment(run, resolved)
+        if place is not None:
+            _log_walltime(run)
         if "before" in parts:
             _evaluate(config, run, resolved, "before")
         if "train" in parts:
@@ -127,6 +129,16 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         if "after" in parts:
             _evaluate(config, run, resolved, "after")
     report_here(run)
+
+
+def _log_walltime(run: RunDir) -> None:
+    from sft_dist.jobs.walltime import outlook_lines
+
+    lines, warnings = outlook_lines(run)
+    for line in lines:
+        log.info("%s", line)
+    for line in warnings:
+        log.warning("%s", line)
 
 
 def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | None) -> None:

@@ -18,6 +18,7 @@ from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
+from sft_dist.train.heartbeat import phase
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks, tell_deepspeed
 from sft_dist.train.settle import as_main, record_refined
@@ -41,6 +42,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.attention import register
     from sft_dist.train.callbacks import CutAnew, RunRecorder, trackers
     from sft_dist.train.forecast import write_forecast
+    from sft_dist.train.health import Health
     from sft_dist.train.model import compile_layers, gather_by_layer, load_model
     from sft_dist.train.publish import publish_model
     from sft_dist.train.resume import resume_from
@@ -48,6 +50,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.trainer import build_trainer
 
     register()
+    phase("prepare")
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, resolved, prepared.ledger, ranks)
@@ -58,6 +61,8 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     if resolved.layout.plan.engine == "fsdp2":
         # transformers asks for it when it loads: only the main process then reads the weights.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    phase("load")
+    health = Health(run, config, resolved, ranks)
     # Before the model: from here on transformers knows that each process keeps a share of it only.
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None, resume=resume)
     # Weights that an adapter leaves as they are need no float32 masters.
@@ -77,7 +82,9 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     callbacks = [recorder, *(trackers(config, run) if ranks.is_main else ())]
     if resume is not None and resume.universal:
         callbacks.append(CutAnew(resume.checkpoint, ranks))
+    callbacks = health.around(callbacks)
     trainer = build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks)
+    health.attend(trainer)
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))
