@@ -116,3 +116,14 @@ class WatchedTrainer(SFTTrainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(model, grad_norm)
         self.step_facts.gradient_norm = norm
         return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but one loss that is not finite does not make all later ones so in the log.
+
+        transformers 5.23 empties the sum that it has logged by `tr_loss -= tr_loss`, which leaves a NaN where one was;
+        can go when it sets it to zero.
+        """
+        logged_before = self._globalstep_last_logged
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self._globalstep_last_logged != logged_before:
+            tr_loss.zero_()
