@@ -137,7 +137,7 @@ class TrainConfig(Section):
     eval_steps: Count | None = None
     """Steps between evaluations when `eval_strategy` is `steps`."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """After a step whose gradient is not finite: train on and `stop` once it is so in `max_nonfinite_steps` in a row, or also `skip` what the optimizer would have done with it, on all devices together (not with DeepSpeed)."""
+    """After a step whose gradient is not finite: train on and `stop` once it is so in `max_nonfinite_steps` in a row, or also `skip` what the optimizer would have done with it, on all devices together (not with zero1 and zero2 in bfloat16)."""
     max_nonfinite_steps: Count = 3
     """The run fails when the loss or the gradient was not finite in so many steps in a row; no checkpoint is saved from weights that are not finite."""
     hang_timeout: Positive | Auto | None = "auto"

@@ -23,13 +23,16 @@ class Health:
     """What watches over one training."""
 
     def __init__(self, run: RunDir, config: Config, resolved: Resolved, ranks: Ranks) -> None:
-        if config.train.nonfinite == "skip" and resolved.layout.plan.engine == "deepspeed":
+        by_engine = resolved.layout.plan.engine == "deepspeed"
+        if config.train.nonfinite == "skip" and resolved.plan in ("zero1", "zero2") and resolved.dtype == "bfloat16":
             raise ConfigError(
-                f"train.nonfinite is skip, but with parallel.plan {resolved.plan} DeepSpeed's optimizer steps in its backward pass",
-                hint="set train.nonfinite=stop, or choose fsdp2 or ddp",
+                f"train.nonfinite is skip, but with parallel.plan {resolved.plan} in bfloat16 DeepSpeed's optimizer takes every step",
+                hint="set train.nonfinite=stop, or choose zero3, fsdp2 or ddp",
             )
         self.facts = StepFacts()
         self.numbers = Numbers(run, config.train, self.facts, ranks)
+        # DeepSpeed's optimizer has stepped before a callback hears of the gradient, or has left the step out by itself.
+        self.numbers.skip = self.numbers.skip and not by_engine
         self._first = [self.numbers, Stragglers(self.facts, ranks)]
         self._last = [SaveGuard(self.numbers), Heartbeat(run, ranks)]
 

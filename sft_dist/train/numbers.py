@@ -120,6 +120,9 @@ class Numbers(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note this step's numbers, and judge those that have arrived."""
         norm, loss = is_finite(self.facts.gradient_norm), self.facts.loss
+        by_engine = bool(
+            getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        )  # DeepSpeed's, in zero3 and float32
         mine = torch.tensor(True) if loss is None else torch.isfinite(loss)
         both, arrived = torch.stack([norm.to(mine.device), mine]), None
         if both.device.type == "cuda":
@@ -127,7 +130,7 @@ class Numbers(TrainerCallback):  # type: ignore[misc]
             there.copy_(both, non_blocking=True)
             both, arrived = there, torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending.append((state.global_step, self._skipped, both, arrived))
+        self._pending.append((state.global_step, self._skipped or by_engine, both, arrived))
         self._judge(leave=0 if arrived is None else 1)
 
     def on_log(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable
@@ -109,7 +110,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     training.take()
     with pytest.raises(SftDistError) as caught:
         training.take(save=True)
-    expected = "the weights are not finite since step 2 and were not saved at step 4; checkpoint-1 is the last good checkpoint"
+    expected = (
+        "the weights are not finite since step 2 and were not saved at step 4; checkpoint-1 is the last good checkpoint"
+    )
     assert caught.value.message == expected
 
 
@@ -182,12 +185,32 @@ def test_what_counts_as_finite() -> None:
     assert not all_finite([sharded]), "ZeRO-3 keeps a process's share there"
 
 
-def test_skip_is_refused_where_the_engine_steps_by_itself(tmp_path: Path) -> None:
-    plans = {"plan": "zero2", "num_processes": 2}
-    config = Config.model_validate({"train": {"nonfinite": "skip"}, "parallel": plans})
+@pytest.mark.parametrize(
+    ("plan", "dtype", "refused"),
+    [
+        ("zero2", "bfloat16", True),
+        ("zero2", "float32", False),
+        ("zero3", "bfloat16", False),
+        ("ddp", "bfloat16", False),
+    ],
+)
+def test_skip_is_refused_where_the_engine_takes_every_step(
+    tmp_path: Path, plan: str, dtype: str, refused: bool
+) -> None:
+    tree = {"train": {"nonfinite": "skip"}, "parallel": {"plan": plan, "num_processes": 2}, "model": {"dtype": dtype}}
+    config = Config.model_validate(tree)
     resolved = resolve(config, Machine("x", 8, False, 16.0, ()))
-    with pytest.raises(ConfigError, match=r"train\.nonfinite is skip"):
-        Health(RunDir(tmp_path), config, resolved, Ranks())
+    with pytest.raises(ConfigError, match=r"train\.nonfinite is skip") if refused else contextlib.nullcontext():
+        health = Health(RunDir(tmp_path), config, resolved, Ranks())
+        assert health.numbers.skip == (plan == "ddp"), "DeepSpeed leaves the step out by itself"
+
+
+def test_a_step_that_the_engine_left_out_spoils_nothing(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.facts.gradient_norm = math.inf
+    training.numbers.on_step_end(None, state(1), None, optimizer=SimpleNamespace(step_was_skipped=True))
+    assert training.numbers.tainted is None
+    assert training.numbers.row.in_a_row == 1
 
 
 # --- spikes ----------------------------------------------------------------------------------------------------------

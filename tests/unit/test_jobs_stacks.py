@@ -107,7 +107,9 @@ def test_py_spy_is_asked_first_where_there_is_one(
     begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = tmp_path / "py-spy"
-    spy.write_text('#!/bin/sh\n[ "$3" = 1 ] && exit 1\necho "Thread $3 (idle): \\"MainThread\\""\necho "    wait (x.py:1)"\n')
+    spy.write_text(
+        '#!/bin/sh\n[ "$3" = 1 ] && exit 1\necho "Thread $3 (idle): \\"MainThread\\""\necho "    wait (x.py:1)"\n'
+    )
     spy.chmod(0o755)
     monkeypatch.setattr(stacks.shutil, "which", lambda name: str(spy))
     assert stacks.dump_stacks(tmp_path, {0: 4242})[0].splitlines() == [
@@ -155,7 +157,11 @@ def test_what_the_user_set_of_the_flight_recorder_stays(tmp_path: Path) -> None:
     assert found["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/logs/nccl-trace-rank-"
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert int(found["TORCH_FR_BUFFER_SIZE"]) > 0
-    theirs = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "x", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    theirs = {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "9",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "x",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
     rest = stacks.flight_recorder(theirs, tmp_path, tmp_path)
     assert set(rest) == {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE"}, "the older names count, too"
 

@@ -56,7 +56,9 @@ def test_a_job_that_cannot_get_to_a_step_is_said() -> None:
     assert (found.steps_a_job, found.jobs) == (0, None)
     lines, warnings = sentences(found, "x")
     assert "what is left" not in lines[0]
-    assert warnings[-1].startswith("slurm.time is 5 min, and 60 s to start + 120 + 60 s before the end + a step (100.0 s)")
+    assert warnings[-1].startswith(
+        "slurm.time is 5 min, and 60 s to start + 120 + 60 s before the end + a step (100.0 s)"
+    )
 
 
 def test_the_pace_is_kept_from_attempt_to_attempt(tmp_path: Path) -> None:

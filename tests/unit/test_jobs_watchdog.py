@@ -116,7 +116,9 @@ def test_a_hang_is_written_down_and_the_workers_are_asked_to_end(tmp_path: Path,
     assert look(dog, clock, 10)
     status = read_json(run.status)
     assert (status["state"], status["exit_status"]) == ("failed", 1)
-    assert status["reason"].startswith(f"hang: rank 1 (process {behind.pid} on {dog.node}) is in phase step after step 3 ")
+    assert status["reason"].startswith(
+        f"hang: rank 1 (process {behind.pid} on {dog.node}) is in phase step after step 3 "
+    )
     (report,) = run.logs.glob("hang-*.txt")
     assert report.name == f"hang-{dog.node}.txt"
     assert report.name in status["reason"]
@@ -155,7 +157,9 @@ def test_the_nodes_put_together_what_they_see(tmp_path: Path, begin: Begin, cloc
     board_of(place_of(run, 1)).say("hang", ranks=[other.facts()])
     assert look(dog, clock, 40)
     reason = read_json(run.status)["reason"]
-    assert reason.startswith("hang: rank 1 (process 4321 on n2) is in phase data after step 3 for 31 s, behind the others")
+    assert reason.startswith(
+        "hang: rank 1 (process 4321 on n2) is in phase data after step 3 for 31 s, behind the others"
+    )
     assert (run.logs / "hang-n1.txt").is_file()
     mine = [entry for entry in board_of(place_of(run, 0)).said("hang") if entry["task"] == 0]
     assert [facts["rank"] for facts in mine[0]["ranks"]] == [0]
