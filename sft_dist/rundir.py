@@ -117,10 +117,6 @@ class RunDir:
         return self.path / "plan" / "measured.json"
 
     @property
-    def pace(self) -> Path:
-        return self.path / "plan" / "pace.json"
-
-    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 

@@ -104,6 +104,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     """
     from sft_dist.jobs.last_words import leaving_words
     from sft_dist.jobs.requeue import Settler
+    from sft_dist.jobs.walltime import log_outlook
     from sft_dist.train.attempt import attempt
     from sft_dist.train.settle import needs_packages, record_environment, resolve_here
 
@@ -121,7 +122,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         needs_packages(config, resolved)
         record_environment(run, resolved)
         if place is not None:
-            _log_walltime(run)
+            log_outlook(run)
         if "before" in parts:
             _evaluate(config, run, resolved, "before")
         if "train" in parts:
@@ -129,16 +130,6 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         if "after" in parts:
             _evaluate(config, run, resolved, "after")
     report_here(run)
-
-
-def _log_walltime(run: RunDir) -> None:
-    from sft_dist.jobs.walltime import outlook_lines
-
-    lines, warnings = outlook_lines(run)
-    for line in lines:
-        log.info("%s", line)
-    for line in warnings:
-        log.warning("%s", line)
 
 
 def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 # Where the launcher tells its workers to beat.
 BEATS = "SFT_DIST_BEATS"
+PREFIX = "sft-dist-beats-"
 MAGIC = b"sftbeat1"
 LAYOUT = struct.Struct("<8sIIQQdd16s")
 # In the order in which a process goes through them; from `evaluate` to `optimizer` once for each step.
@@ -91,13 +92,13 @@ class Pulse:
         self.save_s = max(self.save_s, seconds)
 
     def end(self) -> None:
-        """The last beat: nobody waits for this process any more. Without a launcher the file goes, too."""
+        """The last beat: nobody waits for this process any more. If its launcher is gone, the file goes, too."""
         if self._page is None:
             return
         self.beat("ended")
         self._page.close()
         self._page = None
-        if os.getppid() == 1:
+        if _is_orphaned(self.path.parent):
             with contextlib.suppress(OSError):
                 self.path.unlink()
                 self.path.parent.rmdir()
@@ -126,7 +127,14 @@ def make_folder() -> Path:
     """A new folder for the beats of this node: in memory where there is such a place, else the temporary folder."""
     memory = Path("/dev/shm")
     where = memory if memory.is_dir() and os.access(memory, os.W_OK | os.X_OK) else None
-    return Path(tempfile.mkdtemp(prefix=f"sft-dist-{os.getuid()}-beats-", dir=where))
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getuid()}-{os.getpid()}-", dir=where))
+
+
+def _is_orphaned(folder: Path) -> bool:
+    """Whether the launcher that made the folder is gone, so that nobody else will remove it."""
+    _, _, words = folder.name.partition(PREFIX)
+    launcher = words.split("-")[1] if words.count("-") >= 2 else ""
+    return launcher.isdigit() and not Path(f"/proc/{launcher}").exists()
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import statistics
@@ -18,6 +19,7 @@ from sft_dist.errors import SftDistError
 from sft_dist.files import read_json, write_json
 from sft_dist.rundir import RunDir
 
+log = logging.getLogger(__name__)
 # SLURM sends the signal up to a minute before it was asked to (man sbatch, --signal).
 EARLY_S = 60.0
 # Between the signal and the end lie the rest of a step and a save; both may take longer than ever before. Then the processes
@@ -119,6 +121,19 @@ def outlook_lines(run: RunDir) -> tuple[list[str], list[str]]:
     return ([], []) if found is None else sentences(found, str(run.path))
 
 
+def log_outlook(run: RunDir) -> None:
+    """Say at the start of an attempt what its job can do."""
+    lines, warnings = outlook_lines(run)
+    for line in lines:
+        log.info("%s", line)
+    for line in warnings:
+        log.warning("%s", line)
+
+
+def pace_file(run: RunDir) -> Path:
+    return run.plan / "pace.json"
+
+
 def write_pace(run: RunDir, step_seconds: Sequence[float], save_s: float | None, start_s: float | None) -> None:
     """Put on record what this attempt measured; what it did not, an earlier one may have. A full disk is no reason to fail."""
     steps = list(step_seconds[WARM_UP:] or step_seconds)[-RECENT:]
@@ -131,12 +146,12 @@ def write_pace(run: RunDir, step_seconds: Sequence[float], save_s: float | None,
             _either(save_s, before.save_s if before else None),
             _either(start_s, before.start_s if before else None),
         )
-        write_json(run.pace, asdict(pace))
+        write_json(pace_file(run), asdict(pace))
 
 
 def read_pace(run: RunDir) -> Pace | None:
     """What plan/pace.json says; None if there is none, or it is none."""
-    found = read_json(run.pace)
+    found = read_json(pace_file(run))
     if not isinstance(found, dict) or not _is_number(found.get("step_s")) or found["step_s"] <= 0:
         return None
     values = {name: found.get(name) for name in ("save_s", "start_s")}

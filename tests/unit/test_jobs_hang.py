@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def test_a_folder_is_made_and_goes() -> None:
     beats.remove_folder(folder)
     assert not folder.exists()
     beats.remove_folder(folder)
+
+
+def test_the_last_one_whose_launcher_is_gone_removes_the_folder() -> None:
+    mine, orphaned = beats.make_folder(), beats.make_folder()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    orphaned = orphaned.rename(str(orphaned).replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    for folder in (mine, orphaned):
+        pulses = [Pulse(folder, rank) for rank in range(2)]
+        pulses[0].end()
+        assert folder.exists()
+        pulses[1].end()
+    assert mine.exists()
+    assert not orphaned.exists()
+    beats.remove_folder(mine)
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

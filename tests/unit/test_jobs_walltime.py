@@ -10,7 +10,7 @@ from sft_dist.config.loader import write_config
 from sft_dist.config.schema import Config
 from sft_dist.files import write_json
 from sft_dist.jobs import walltime
-from sft_dist.jobs.walltime import Pace, outlook, outlook_lines, read_pace, sentences, write_pace
+from sft_dist.jobs.walltime import Pace, outlook, outlook_lines, pace_file, read_pace, sentences, write_pace
 from sft_dist.rundir import RunDir
 
 
@@ -74,7 +74,7 @@ def test_the_pace_is_kept_from_attempt_to_attempt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [[], {"step_s": "x"}, {"step_s": 0}, {"step_s": True}, {}])
 def test_a_damaged_pace_is_none(tmp_path: Path, content: object) -> None:
-    write_json(RunDir(tmp_path).pace, content)
+    write_json(pace_file(RunDir(tmp_path)), content)
     assert read_pace(RunDir(tmp_path)) is None
 
 
@@ -82,7 +82,7 @@ def test_a_run_says_what_its_files_tell(tmp_path: Path) -> None:
     run = a_run(tmp_path, time="01:00:00")
     run.write_status(state="running", step=100, max_steps=440)
     assert outlook_lines(run) == ([], []), "nothing was measured"
-    write_json(run.pace, {"step_s": 10.0, "save_s": 30.0, "start_s": 20.0})
+    write_json(pace_file(run), {"step_s": 10.0, "save_s": 30.0, "start_s": 20.0})
     lines, warnings = outlook_lines(run)
     assert "340 steps of 10 s" in lines[0]
     assert lines[0].endswith("what is left takes about 1 job")
