@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,6 +17,8 @@ from sft_dist.train.numbers import Numbers, SaveGuard
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.step_facts import StepFacts, WatchedTrainer
 from sft_dist.train.stragglers import Stragglers
+
+SomeTrainer = TypeVar("SomeTrainer", bound=WatchedTrainer)
 
 
 class Health:
@@ -40,9 +42,10 @@ class Health:
         """Those that add to a row of metrics before the one that writes it; those that see what is due after all others."""
         return [*self._first, *callbacks, *self._last]
 
-    def attend(self, trainer: WatchedTrainer) -> None:
-        """From now on `trainer` notes its steps for these callbacks."""
+    def attend(self, trainer: SomeTrainer) -> SomeTrainer:
+        """`trainer`, which from now on notes its steps for these callbacks."""
         trainer.step_facts = self.facts
+        return trainer
 
 
 class Heartbeat(TrainerCallback):  # type: ignore[misc]

@@ -74,17 +74,13 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         compile_layers(model)
     if config.model.lora is not None:
         model = add_adapter(model, config.model, tokens, plan=resolved.plan, seed=config.run.seed)
-    forecast = (
-        write_forecast(run, config, resolved, this_machine(), prepared.ledger["train"]) if ranks.is_main else None
-    )
+    rows = prepared.ledger["train"]
+    forecast = write_forecast(run, config, resolved, this_machine(), rows) if ranks.is_main else None
     progress = Progress(silent=not ranks.is_main)
     recorder = RunRecorder(run, config, current.stop, progress, facts, ranks, forecast)
-    callbacks = [recorder, *(trackers(config, run) if ranks.is_main else ())]
-    if resume is not None and resume.universal:
-        callbacks.append(CutAnew(resume.checkpoint, ranks))
-    callbacks = health.around(callbacks)
-    trainer = build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks)
-    health.attend(trainer)
+    cut = [CutAnew(resume.checkpoint, ranks)] if resume is not None and resume.universal else []
+    callbacks = health.around([recorder, *(trackers(config, run) if ranks.is_main else ()), *cut])
+    trainer = health.attend(build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks))
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))

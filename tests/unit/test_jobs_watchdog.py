@@ -123,7 +123,7 @@ def test_a_hang_is_written_down_and_the_workers_are_asked_to_end(tmp_path: Path,
     assert report.name == f"hang-{dog.node}.txt"
     assert report.name in status["reason"]
     text = report.read_text()
-    assert text.count("in stays") == 2
+    assert text.count("most recent call first") == 2
     assert f"rank 0     {dog.node}  process {waiting.pid}  step 3  phase optimizer" in text
     assert [process.wait(timeout=30) for process in (waiting, behind)] == [-signal.SIGTERM] * 2
     assert not dog.hung(), "once is enough"
