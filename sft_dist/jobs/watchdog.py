@@ -21,7 +21,7 @@ from sft_dist.errors import SftDistError
 from sft_dist.files import utc_now, write_text
 from sft_dist.jobs.beats import BEATS, Beat, make_folder, read_beats, remove_folder
 from sft_dist.jobs.board import board_of
-from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, limit_s, never_came, reason, seen_from
+from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, culprits, limit_s, never_came, reason, seen_from
 from sft_dist.jobs.place import Place
 from sft_dist.jobs.stacks import ask_flight_recorder, dump_stacks, flight_recorder, report_text, state_of, waits
 from sft_dist.rundir import RunDir
@@ -95,6 +95,8 @@ class Watchdog:
         self.node = socket.gethostname() if place is None else place.nodes[place.node]
         self.verdict: str | None = None
         """The reason on record once something has hung."""
+        self.culprit: Seen | None = None
+        """The process that it is put down to, if one can be told."""
         self.folder: Path | None = None
         if self.watch.timeout is not None:
             with contextlib.suppress(OSError):
@@ -149,6 +151,7 @@ class Watchdog:
             self.verdict = never_came(len(self.watch.beats), self.watch.expected, self.watch.waited)
         else:
             self.verdict = reason(everyone, f"stacks in logs/{name}")
+            self.culprit = next(iter(culprits(everyone)[0]), None)
         title = f"{utc_now()} {self.verdict}"
         lines = [_line(one) for one in sorted(everyone, key=lambda one: one.rank)]
         with contextlib.suppress(OSError):

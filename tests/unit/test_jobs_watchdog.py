@@ -119,6 +119,8 @@ def test_a_hang_is_written_down_and_the_workers_are_asked_to_end(tmp_path: Path,
     assert status["reason"].startswith(
         f"hang: rank 1 (process {behind.pid} on {dog.node}) is in phase step after step 3 "
     )
+    assert dog.culprit is not None
+    assert dog.culprit.rank == 1
     (report,) = run.logs.glob("hang-*.txt")
     assert report.name == f"hang-{dog.node}.txt"
     assert report.name in status["reason"]
