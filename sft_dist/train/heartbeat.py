@@ -69,7 +69,9 @@ def _answer_with_stacks(path: Path | None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _stacks = path.open("a", encoding="utf-8")
     if _stacks is None:
-        faulthandler.enable()
+        with contextlib.suppress(OSError, RuntimeError):  # stderr may be no file, or none at all
+            if not faulthandler.is_enabled():
+                faulthandler.enable()
         return
     faulthandler.enable(_stacks)
     faulthandler.register(DUMP_SIGNAL, _stacks, all_threads=True, chain=False)

@@ -100,3 +100,25 @@ def test_the_age_of_this_process_is_known() -> None:
     age = walltime.process_age_s()
     assert age is not None
     assert 0 <= age < 86400
+
+
+def test_status_says_it_of_a_run_that_goes_on_in_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_dist.jobs.status import look
+    from sft_dist.report.status_table import details
+
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue: the run waits in a queue that cannot be seen
+    run = a_run(tmp_path, time=60)
+    run.write_status(state="queued", step=100, max_steps=440, attempt=1)
+    write_json(run.path / "slurm" / "job.json", {"job_id": "7", "nodes": 1})
+    (status,), _ = look([run])
+    assert status.facts()["walltime"] is None
+    write_json(pace_file(run), {"step_s": 40.0, "save_s": 50.0, "start_s": 20.0})
+    (status,), _ = look([run])
+    lines = list(details(status))
+    assert any(line.startswith("walltime    a job of 60 min holds about 85 steps of 40 s") for line in lines), lines
+    assert any(line.startswith("warning     slurm.signal_delay_s is 120, but") for line in lines), lines
+    facts = status.facts()["walltime"]
+    assert (facts["steps_a_job"], facts["jobs"], facts["needed_s"]) == (85, 4, 195.0)
+    run.write_status(state="done")
+    (status,), _ = look([run])
+    assert status.facts()["walltime"] is None
