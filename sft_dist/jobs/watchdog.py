@@ -22,6 +22,7 @@ from sft_dist.files import utc_now, write_text
 from sft_dist.jobs.beats import BEATS, Beat, make_folder, read_beats, remove_folder
 from sft_dist.jobs.board import board_of
 from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, culprits, limit_s, never_came, reason, seen_from
+from sft_dist.jobs.last_words import leave_kind
 from sft_dist.jobs.place import Place
 from sft_dist.jobs.stacks import ask_flight_recorder, dump_stacks, flight_recorder, report_text, state_of, waits
 from sft_dist.rundir import RunDir
@@ -180,6 +181,8 @@ class Watchdog:
     def _record(self) -> None:
         with contextlib.suppress(OSError):
             self.run.write_status(state="failed", reason=self.verdict, exit_status=1)
+        named = self.culprit
+        leave_kind(self.run, "hang", self.verdict or "", named.rank if named else None, named.host if named else None)
 
 
 def _timeout(run: RunDir) -> HangTimeout:

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_dist.config.schema import TrainConfig
-from sft_dist.errors import SftDistError
+from sft_dist.errors import NumbersError
 from sft_dist.rundir import RunDir
 from sft_dist.train.ranks import MainFailed, Ranks
 from sft_dist.train.step_facts import StepFacts
@@ -161,7 +161,7 @@ class Numbers(TrainerCallback):  # type: ignore[misc]
                 )
 
     def before_save(self, step: int, model: torch.nn.Module) -> None:
-        """Raise SftDistError on every process if the weights are not finite; looks only if a step gives reason to."""
+        """Raise NumbersError on every process if the weights are not finite; looks only if a step gives reason to."""
         self._judge()
         if self.tainted is None:
             return
@@ -199,11 +199,11 @@ class Numbers(TrainerCallback):  # type: ignore[misc]
             self._fail(f"{what}, {span}: train.max_nonfinite_steps is {row.most}")
 
     def _fail(self, message: str) -> None:
-        """SftDistError on the main process; the others end with it, without saying the same again."""
+        """NumbersError on the main process; the others end with it, without saying the same again."""
         if not self.ranks.is_main:
             raise MainFailed("the main process failed")
         hint = "lower train.learning_rate, look at the rows of that step, or leave such steps out: train.nonfinite=skip"
-        raise SftDistError(message, hint=hint)
+        raise NumbersError(message, hint=hint)
 
 
 class SaveGuard(TrainerCallback):  # type: ignore[misc]

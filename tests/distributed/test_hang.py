@@ -96,7 +96,9 @@ def test_a_stopped_rank_is_named_and_the_one_that_waits_shows_its_stacks(
     assert reason.startswith(f"hang: rank 1 (process {pids[1]} on "), reason
     assert "stopped, by SIGSTOP" in reason
     assert f"error: {reason}" in err
-    assert [(row["ended"], row["reason"]) for row in read_jsonl(run.attempts)] == [("failed", reason)]
+    (attempt,) = read_jsonl(run.attempts)
+    assert (attempt["ended"], attempt["reason"]) == ("failed", reason)
+    assert (attempt["failure"]["kind"], attempt["failure"]["rank"]) == ("hang", 1)
     waiting, stopped = parts(report_of(run))
     assert "stopped and cannot answer" in stopped
     assert "most recent call first" in waiting

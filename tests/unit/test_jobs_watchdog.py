@@ -18,6 +18,7 @@ from sft_dist.jobs import watchdog
 from sft_dist.jobs.beats import BEATS
 from sft_dist.jobs.board import board_of
 from sft_dist.jobs.hang import Seen
+from sft_dist.jobs.last_words import read_words
 from sft_dist.jobs.place import Place
 from sft_dist.jobs.watchdog import Watchdog
 from sft_dist.rundir import RunDir
@@ -119,8 +120,8 @@ def test_a_hang_is_written_down_and_the_workers_are_asked_to_end(tmp_path: Path,
     assert status["reason"].startswith(
         f"hang: rank 1 (process {behind.pid} on {dog.node}) is in phase step after step 3 "
     )
-    assert dog.culprit is not None
-    assert dog.culprit.rank == 1
+    (word,) = read_words(run, 0)
+    assert (word.kind, word.rank, word.node, word.message) == ("hang", 1, dog.node, status["reason"])
     (report,) = run.logs.glob("hang-*.txt")
     assert report.name == f"hang-{dog.node}.txt"
     assert report.name in status["reason"]
