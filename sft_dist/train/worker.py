@@ -50,7 +50,6 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.trainer import build_trainer
 
     register()
-    phase("prepare")
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, resolved, prepared.ledger, ranks)
@@ -61,7 +60,6 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     if resolved.layout.plan.engine == "fsdp2":
         # transformers asks for it when it loads: only the main process then reads the weights.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    phase("load")
     health = Health(run, config, resolved, ranks)
     # Before the model: from here on transformers knows that each process keeps a share of it only.
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None, resume=resume)
@@ -113,6 +111,8 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
     from sft_dist.data.prepare import prepare
     from sft_dist.train.pretrained import cache_root
 
+    phase("prepare")
+
     def rows() -> Prepared:
         return prepare(config, tokens.tokenizer, tokens.template, cache_root())
 
@@ -127,6 +127,7 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
 
 def _refine(run: RunDir, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
     """What the rows' real lengths change, as the main process sees it, on record."""
+    phase("load")  # the rows are there, and the model is next
     refined = as_main(ranks, lambda: with_rows(resolved, this_machine(), ledger["train"]), resolved.num_threads)
     if ranks.is_main:
         record_refined(run, refined, resolved)
