@@ -14,6 +14,7 @@ import shutil
 import statistics
 import struct
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PHASES = ("start", "prepare", "load", "evaluate", "save", "data", "step", "optim
 CYCLE = ("evaluate", "save", "data", "step", "optimizer")
 # The usual time of a step is the median of this many, and nothing before the second: the first one compiles.
 REMEMBERED, KNOWN_AFTER = 31, 2
+KEPT_S = 2 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,17 @@ def _parse(path: Path) -> Beat | None:
 
 
 def make_folder() -> Path:
-    """A new folder for the beats of this node: in memory where there is such a place, else the temporary folder."""
+    """A new folder for the beats of this node: in memory where there is such a place, else the temporary folder.
+
+    Those that were left behind, where everyone was killed, go first.
+    """
     memory = Path("/dev/shm")
-    where = memory if memory.is_dir() and os.access(memory, os.W_OK | os.X_OK) else None
+    where = memory if memory.is_dir() and os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    for left in where.glob(f"{PREFIX}{os.getuid()}-*"):
+        with contextlib.suppress(OSError):
+            # A container beside this one has processes that cannot be seen from here.
+            if _is_orphaned(left) and time.time() - left.stat().st_mtime > KEPT_S:
+                remove_folder(left)
     return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getuid()}-{os.getpid()}-", dir=where))
 
 

@@ -82,6 +82,21 @@ def test_the_last_one_whose_launcher_is_gone_removes_the_folder() -> None:
     beats.remove_folder(mine)
 
 
+def test_what_was_left_behind_long_ago_goes() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    orphaned, mine = beats.make_folder(), beats.make_folder()
+    orphaned = orphaned.rename(str(orphaned).replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    beats.remove_folder(beats.make_folder())
+    assert orphaned.exists(), "it may be another container's"
+    for folder in (orphaned, mine):
+        os.utime(folder, (0, 0))
+    beats.remove_folder(beats.make_folder())
+    assert not orphaned.exists()
+    assert mine.exists()
+    beats.remove_folder(mine)
+
+
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
