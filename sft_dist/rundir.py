@@ -4,7 +4,7 @@ runs/NAME/
   config.yaml  provenance.json  env.json     what was asked for, where each value came from, where it ran
   plan/accelerate.yaml  plan/deepspeed.json  the plan's settings, as accelerate and DeepSpeed read them
   plan/deepspeed_given.json                  the DeepSpeed file of `accelerate launch`, which stands over the plan's settings
-  plan/predicted.json  plan/measured.json    what the planner said of GPU memory and time, and what it was
+  plan/predicted.json, measured.json         what the planner said of GPU memory and time, and what it was; pace.json: seconds
   status.json  attempts.jsonl                state: queued|running|stopped|failed|done, step, reason; one line an attempt
   metrics.jsonl  data/ledger.json            one line a log event; rows and tokens in, dropped and why
   checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last

@@ -104,6 +104,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     """
     from sft_dist.jobs.last_words import leaving_words
     from sft_dist.jobs.requeue import Settler
+    from sft_dist.jobs.walltime import log_outlook
     from sft_dist.train.attempt import attempt
     from sft_dist.train.settle import needs_packages, record_environment, resolve_here
 
@@ -120,6 +121,8 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         resolved = resolve_here(config, nodes=len(place.nodes) if place else 1, run=run)
         needs_packages(config, resolved)
         record_environment(run, resolved)
+        if place is not None:
+            log_outlook(run)
         if "before" in parts:
             _evaluate(config, run, resolved, "before")
         if "train" in parts:

@@ -20,7 +20,17 @@ RECOMPUTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs
 
 def parallel_problems(config: Config) -> Iterator[Problem]:
     """Each contradiction that `parallel` and `model.lora` have with each other and with the rest."""
-    for check in (_processes, _offload, _hybrid, _shared_rows, _lora, _quantization, _recomputing, _ddp_only):
+    for check in (
+        _processes,
+        _offload,
+        _hybrid,
+        _shared_rows,
+        _lora,
+        _quantization,
+        _recomputing,
+        _ddp_only,
+        _skipping,
+    ):
         yield from check(config)
 
 
@@ -157,3 +167,12 @@ def _ddp_only(config: Config) -> Iterator[Problem]:
     for name in OF_DDP:
         if plan not in ("auto", "ddp") and name in config.train.extra:
             yield Problem(f"train.extra.{name}", f"would be ignored with plan {plan}; take it out", ("parallel.plan",))
+
+
+def _skipping(config: Config) -> Iterator[Problem]:
+    plan = config.parallel.plan
+    # deepspeed/runtime/zero/stage_1_and_2.py, step(): in bfloat16 only bf16.check_grad_overflow leaves a step out, and that
+    # has the host wait for the GPU in every step; stage3.py always looks.
+    if config.train.nonfinite == "skip" and plan in ("zero1", "zero2") and config.model.dtype != "float32":
+        text = f"'skip' is not possible with plan {plan}, whose optimizer takes every step in bfloat16; set parallel.plan=zero3, fsdp2 or ddp"
+        yield Problem("train.nonfinite", text, ("parallel.plan",))

@@ -136,6 +136,12 @@ class TrainConfig(Section):
     """When to compute the evaluation loss."""
     eval_steps: Count | None = None
     """Steps between evaluations when `eval_strategy` is `steps`."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """After a step whose gradient is not finite: train on and `stop` once it is so in `max_nonfinite_steps` in a row, or also `skip` what the optimizer would have done with it, on all devices together (not with zero1 and zero2 in bfloat16)."""
+    max_nonfinite_steps: Count = 3
+    """The run fails when the loss or the gradient was not finite in so many steps in a row; no checkpoint is saved from weights that are not finite."""
+    hang_timeout: Positive | Auto | None = "auto"
+    """Seconds that a process may spend in one step without a sign of life, before the run ends as hung with the stacks of all processes in logs/; `auto` is 20 of its usual steps, at least 300 and at most 1200 s, null is off. Loading, saving and the first step have longer limits of their own."""
     extra: dict[str, Any] = {}
     """More fields of TRL's SFTConfig, by their own names; those that sft-dist sets itself are refused."""
 

@@ -17,6 +17,7 @@ from sft_dist.jobs.board import board_of
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.place import Place
+from sft_dist.jobs.watchdog import Watchdog
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import accelerate_variables
 from sft_dist.rundir import RunDir
@@ -75,14 +76,14 @@ def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -
         meeting = {"LOCAL_WORLD_SIZE": place.tasks_per_node, "MASTER_ADDR": place.address, "MASTER_PORT": place.port}
         extra = {name: str(value) for name, value in {**alone, **meeting}.items()}
         before = oom_kills()
-        status = _run(run, [sys.executable, *arguments], share, heard, over, extra, agent_is_worker=True)
-        if status < 0 and not over():  # else it was ended here, because of another one
+        status = _run(run, [sys.executable, *arguments], share, heard, over, extra, place, agent_is_worker=True)
+        if status < 0 and not (over() or board.said("hang")):  # else it was ended here, because of another one
             leave_ending(run, place.task, 0, -status, oom_kills=oom_kills() - before)
         return status
     meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
     where = ["--nnodes", str(len(place.nodes)), "--node-rank", str(place.node), *meeting_at]
     command = [sys.executable, "-m", "sft_dist.jobs.elastic", *where, "--nproc-per-node", str(share.count), *arguments]
-    return _run(run, command, share, heard, over)
+    return _run(run, command, share, heard, over, place=place)
 
 
 def _run(
@@ -92,13 +93,16 @@ def _run(
     heard: Sequence[int],
     over: Callable[[], bool] | None = None,
     extra: Mapping[str, str] | None = None,
+    place: Place | None = None,
     *,
     agent_is_worker: bool = False,
 ) -> int:
-    """Start `command` and pass signals on to its workers; once `over`, they have a moment to end by themselves."""
+    """Start `command` and pass signals on to its workers; once `over`, they have a moment to end by themselves, and once
+    one of them has hung, none."""
+    watchdog = Watchdog(run, 1 if agent_is_worker else share.count, place)
     strays = accelerate_variables()
     inherited = {name: value for name, value in os.environ.items() if name not in strays}
-    environment = {**inherited, **(extra or {}), ATTEMPT_HELD: str(run.path)}
+    environment = {**inherited, **watchdog.environment(inherited), **(extra or {}), ATTEMPT_HELD: str(run.path)}
     if share.threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(share.threads))
     agent = subprocess.Popen(command, env=environment, stdout=STDERR, start_new_session=True, preexec_fn=_as_agent)
@@ -116,12 +120,14 @@ def _run(
             if over is not None and deadline is None and time.monotonic() > look:
                 look = time.monotonic() + LOOK_S
                 deadline = look + PATIENCE_S if over() else None
-            if deadline is not None and time.monotonic() > deadline:
+            if (deadline is not None and time.monotonic() > deadline) or watchdog.hung():
                 _kill(agent)
             time.sleep(POLL_S)  # a blocking wait would not let a handler forward anything
     except BaseException:
         _kill(agent)
         raise
+    finally:
+        watchdog.close()
     return agent.returncode
 
 

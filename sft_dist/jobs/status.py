@@ -16,6 +16,7 @@ from sft_dist.files import moment
 from sft_dist.jobs.queue import Job, Queue, ask_accounting, ask_queue, local_cluster
 from sft_dist.jobs.records import Record, Row, Submitted, read_record, whole
 from sft_dist.jobs.verdict import Verdict, jobs_of, seen_from, unresolved, verdict
+from sft_dist.jobs.walltime import Outlook, run_outlook
 from sft_dist.rundir import RunDir
 
 # In the order of the table: first what needs a look.
@@ -85,6 +86,11 @@ class RunStatus:
             return self.jobs[-1].nodes
         return len(said) if isinstance(said, list) else whole(said) or (1 if self.attempts else None)
 
+    def walltime(self) -> Outlook | None:
+        """What the time limit of its jobs leaves for a run that has some and goes on; reads its pace and config."""
+        goes_on = bool(self.jobs) and self.state in ("running", "queued", "stopped", "lost")
+        return run_outlook(self.record.run, self.step, self.max_steps) if goes_on else None
+
     @property
     def next_command(self) -> str:
         """What to type next."""
@@ -99,6 +105,7 @@ class RunStatus:
     def facts(self) -> dict[str, Any]:
         """The values as JSON."""
         status, heard, starts = self.record.status, self.record.heard, self.verdict.starts
+        walltime = self.walltime()
         return {
             "name": self.name,
             "directory": str(self.record.run.path),
@@ -118,6 +125,7 @@ class RunStatus:
             "last_heard": None if heard is None else heard.isoformat(),
             "checkpoint": status.get("checkpoint"),
             "cancelled": self.record.cancelled,
+            "walltime": None if walltime is None else walltime.facts(),
             "last_attempts": list(self.record.attempts[-5:]),
             "problems": list(self.record.problems),
             "next": self.next_command,

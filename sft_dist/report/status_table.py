@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.files import moment
+from sft_dist.jobs.walltime import sentences
 from sft_dist.report.text import NONE, clip, clock, duration, plain, visible
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ def details(status: RunStatus) -> Iterator[str]:
     if status.verdict.starts is not None:
         yield f"starts      {clock(status.verdict.starts.isoformat())} (the scheduler's estimate)"
     yield f"checkpoint  {_shown(plain(record.status.get('checkpoint')), 100)}"
+    walltime = status.walltime()
+    if walltime is not None:
+        for word, lines in zip(("walltime   ", "warning    "), sentences(walltime, str(record.run.path)), strict=True):
+            yield from (f"{word} {_shown(line, 300)}" for line in lines)
     for attempt in record.attempts[-SHOWN_ATTEMPTS:]:
         yield f"attempt     {_attempt(attempt)}"
     failure = record.attempts[-1].get("failure") if record.attempts else None

@@ -22,6 +22,7 @@ from sft_dist.parallel.adopt import with_values
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import World, this_world, with_told
 from sft_dist.rundir import RunDir, create_run, runs_root
+from sft_dist.train import heartbeat
 from sft_dist.train.attempt import Attempt, attempt, joined
 from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
 from sft_dist.train.shutdown import Interrupted, StopRequest
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> int:
     world = World()
     try:
         world = this_world()
+        run = os.environ.get(ATTEMPT_HELD)
+        heartbeat.begin(world.rank, Path(run) if run else None)
         if world.rank:
             logging.getLogger().setLevel(logging.ERROR)
         world = with_told(world)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
@@ -17,6 +17,7 @@ from sft_dist.train import loss
 from sft_dist.train.adapter import save_adapter
 from sft_dist.train.optimizer import MasterWeightAdamW
 from sft_dist.train.rows import EpochOrder, begin_each_epoch_anew, filled, is_filling
+from sft_dist.train.step_facts import WatchedTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sft_dist.data.prepare import Prepared
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
+class Trainer(WatchedTrainer):
     """SFTTrainer with the loss and its gradient computed in one pass, for trained positions only.
 
     TRL 1.16 scores every position where there is no Triton, computes the logits twice everywhere, and gathers four

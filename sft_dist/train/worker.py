@@ -18,6 +18,7 @@ from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
+from sft_dist.train.heartbeat import phase
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks, tell_deepspeed
 from sft_dist.train.settle import as_main, record_refined
@@ -41,6 +42,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.attention import register
     from sft_dist.train.callbacks import CutAnew, RunRecorder, trackers
     from sft_dist.train.forecast import write_forecast
+    from sft_dist.train.health import Health
     from sft_dist.train.model import compile_layers, gather_by_layer, load_model
     from sft_dist.train.publish import publish_model
     from sft_dist.train.resume import resume_from
@@ -58,6 +60,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     if resolved.layout.plan.engine == "fsdp2":
         # transformers asks for it when it loads: only the main process then reads the weights.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    health = Health(run, config, resolved, ranks)
     # Before the model: from here on transformers knows that each process keeps a share of it only.
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None, resume=resume)
     # Weights that an adapter leaves as they are need no float32 masters.
@@ -69,15 +72,13 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         compile_layers(model)
     if config.model.lora is not None:
         model = add_adapter(model, config.model, tokens, plan=resolved.plan, seed=config.run.seed)
-    forecast = (
-        write_forecast(run, config, resolved, this_machine(), prepared.ledger["train"]) if ranks.is_main else None
-    )
+    rows = prepared.ledger["train"]
+    forecast = write_forecast(run, config, resolved, this_machine(), rows) if ranks.is_main else None
     progress = Progress(silent=not ranks.is_main)
     recorder = RunRecorder(run, config, current.stop, progress, facts, ranks, forecast)
-    callbacks = [recorder, *(trackers(config, run) if ranks.is_main else ())]
-    if resume is not None and resume.universal:
-        callbacks.append(CutAnew(resume.checkpoint, ranks))
-    trainer = build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks)
+    cut = [CutAnew(resume.checkpoint, ranks)] if resume is not None and resume.universal else []
+    callbacks = health.around([recorder, *(trackers(config, run) if ranks.is_main else ()), *cut])
+    trainer = health.attend(build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks))
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))
@@ -110,6 +111,8 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
     from sft_dist.data.prepare import prepare
     from sft_dist.train.pretrained import cache_root
 
+    phase("prepare")
+
     def rows() -> Prepared:
         return prepare(config, tokens.tokenizer, tokens.template, cache_root())
 
@@ -124,6 +127,7 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
 
 def _refine(run: RunDir, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
     """What the rows' real lengths change, as the main process sees it, on record."""
+    phase("load")  # the rows are there, and the model is next
     refined = as_main(ranks, lambda: with_rows(resolved, this_machine(), ledger["train"]), resolved.num_threads)
     if ranks.is_main:
         record_refined(run, refined, resolved)

@@ -1,9 +1,10 @@
-"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK]... / 2x2 RUN_DIR...`.
+"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK][%STEP:RANK]... / 2x2 RUN_DIR...`.
 
 Starting Python, torch and TRL takes longer than training a tiny model, so they are imported once, and the processes of a
 world (2, then 2 on each of 2 nodes) are forks of this one, with the environment that torchrun gives its workers. Between runs the
 state that accelerate and transformers keep in modules is put back to its start. With @STEP:RANK that one process gets a
-SIGTERM in this step; a run that is named again afterwards goes on. A run that sft-dist refuses is left as it is, and the
+SIGTERM in this step; a run that is named again afterwards goes on. With %STEP:RANK that one process's loss is not a number in
+this step. A run that sft-dist refuses is left as it is, and the
 next one follows.
 
 DeepSpeed's tool for universal checkpoints is a fork as well, where the package starts a process of its own.
@@ -93,7 +94,8 @@ def train_all(arms: list[str]) -> int:
     """What one process does: every run in turn."""
     universal.run_tool = fork_tool
     for argument in arms:
-        folder, _, stop = argument.partition("@")
+        rest, _, poison = argument.partition("%")
+        folder, _, stop = rest.partition("@")
         forget()
         run = RunDir(Path(folder))
         world, config = this_world(), load_run_config(run.config)
@@ -103,6 +105,7 @@ def train_all(arms: list[str]) -> int:
         ranks = join(world, use_cpu=resolved.use_cpu)
         forwards = count_forwards()
         terminate_at(stop, ranks)
+        poison_at(poison, ranks)
         try:
             with attempt(run) if ranks.is_main else joined(run, reports=False) as current:
                 if ranks.is_main:
@@ -185,6 +188,21 @@ def terminate_at(stop: str, ranks: Ranks) -> None:
 
     on_step_end.plain = plain  # type: ignore[attr-defined]
     recorder.on_step_end = on_step_end
+
+
+def poison_at(where: str, ranks: Ranks) -> None:
+    """`where` is STEP:RANK, or nothing."""
+    kind = trainer.Trainer
+    plain = getattr(kind.compute_loss, "plain", kind.compute_loss)
+    step, _, rank = where.partition(":")
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = plain(self, *args, **kwargs)
+        here = where and (self.state.global_step + 1, ranks.rank) == (int(step), int(rank))
+        return loss * float("nan") if here and self.model.training else loss
+
+    compute_loss.plain = plain  # type: ignore[attr-defined]
+    kind.compute_loss = compute_loss
 
 
 if __name__ == "__main__":

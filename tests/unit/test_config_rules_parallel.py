@@ -27,6 +27,11 @@ SELECTIVE = {"activation_checkpointing_kwargs": {"selective": True}}
     [
         ({"parallel": {"plan": "cpu", "num_processes": 2}}, "parallel.num_processes", "set parallel.plan=ddp"),
         ({"parallel": {"plan": "single", "num_processes": 8}}, "parallel.num_processes", "one process with one GPU"),
+        (
+            {"parallel": {"plan": "zero1"}, "train": {"nonfinite": "skip"}},
+            "train.nonfinite",
+            "not possible with plan zero1",
+        ),
         ({"parallel": {"plan": "ddp", "offload": "cpu"}}, "parallel.offload", "zero1, zero2, zero3 or fsdp2"),
         ({"parallel": {"plan": "single", "offload": "cpu"}}, "parallel.offload", "not possible with plan single"),
         (

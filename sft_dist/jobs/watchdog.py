@@ -1,0 +1,210 @@
+"""The launcher's watch over its workers: which of them has stopped moving, where, since when; and the end of that attempt.
+
+It stands outside of the workers, since a blocked process can neither notice nor say that it is. What counts is the time
+that this process saw pass: a job that was suspended with its launcher has not hung.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sft_dist.config.loader import load_run_config
+from sft_dist.errors import SftDistError
+from sft_dist.files import utc_now, write_text
+from sft_dist.jobs.beats import BEATS, Beat, make_folder, read_beats, remove_folder
+from sft_dist.jobs.board import board_of
+from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, culprits, limit_s, never_came, reason, seen_from
+from sft_dist.jobs.last_words import leave_kind
+from sft_dist.jobs.place import Place
+from sft_dist.jobs.stacks import ask_flight_recorder, dump_stacks, flight_recorder, report_text, state_of, waits
+from sft_dist.rundir import RunDir
+
+log = logging.getLogger(__name__)
+LOOK_S = 1.0
+# A longer gap between two looks means that this process did not run either.
+GAP_S = 5.0
+# From here on without a beat it may be that another node has noticed a hang, and the board is read.
+QUIET_S = 10.0
+# How long the other nodes have to say what they see, NCCL to write, and workers to end by themselves.
+OTHERS_S, NCCL_S, LEAVE_S = 6.0, 2.0, 5.0
+
+
+class Watch:
+    """For how long each process has not beaten."""
+
+    def __init__(self, expected: int, timeout: HangTimeout) -> None:
+        self.expected, self.timeout = expected, timeout
+        self.beats: dict[int, Beat] = {}
+        self.seconds: dict[int, float] = {}
+        self.waited = 0.0
+        """For those that have not come yet."""
+        self._last: float | None = None
+
+    def see(self, beats: Sequence[Beat], now: float) -> None:
+        """Take in what the processes last said, at this moment of the monotonic clock."""
+        passed = 0.0 if self._last is None else min(max(0.0, now - self._last), GAP_S)
+        self._last = now
+        for beat in beats:
+            before = self.beats.get(beat.rank)
+            moved = before is None or (before.count, before.pid) != (beat.count, beat.pid)
+            self.seconds[beat.rank] = 0.0 if moved else self.seconds[beat.rank] + passed
+            self.beats[beat.rank] = beat
+        self.waited = 0.0 if len(self.beats) >= self.expected else self.waited + passed
+
+    def late(self) -> list[int]:
+        """The ranks that have been silent for longer than their phase allows."""
+        return [rank for rank, beat in self.beats.items() if self.seconds[rank] >= limit_s(beat, self.timeout)]
+
+    def missing(self) -> bool:
+        """Whether a process has had its time to start, and did not."""
+        return self.timeout is not None and self.waited >= LIMITS["start"]
+
+    def quiet(self) -> bool:
+        """Whether any process was silent for long enough to ask what the other nodes see."""
+        silent = (
+            min(QUIET_S, limit_s(beat, self.timeout) / 2) <= self.seconds[rank]
+            for rank, beat in self.beats.items()
+            if beat.phase != "ended"
+        )
+        return any(silent)
+
+    def seen(self, host: str, state: Callable[[int], str] = state_of) -> list[Seen]:
+        """All processes of this node as they stand."""
+        return [
+            Seen(
+                rank, host, it.pid, it.step, it.phase, round(self.seconds[rank], 1), limit_s(it, self.timeout),
+                state(it.pid),
+            )
+            for rank, it in self.beats.items()
+        ]  # fmt: skip
+
+
+class Watchdog:
+    """Watches the processes of one launcher; without `train.hang_timeout`, or without a config, it does nothing."""
+
+    def __init__(self, run: RunDir, expected: int, place: Place | None = None) -> None:
+        self.run, self.place = run, place
+        self.watch = Watch(expected, _timeout(run))
+        self.node = socket.gethostname() if place is None else place.nodes[place.node]
+        self.verdict: str | None = None
+        """The reason on record once something has hung."""
+        self.culprit: Seen | None = None
+        """The process that it is put down to, if one can be told."""
+        self.folder: Path | None = None
+        if self.watch.timeout is not None:
+            with contextlib.suppress(OSError):
+                self.folder = make_folder()
+        self._next = time.monotonic() + LOOK_S
+
+    def environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """What the workers are started with beside `given`."""
+        if self.folder is None:
+            return {}
+        with contextlib.suppress(OSError):
+            self.run.logs.mkdir(parents=True, exist_ok=True)
+        return {BEATS: str(self.folder), **flight_recorder(given, self.run.logs, self.folder)}
+
+    def hung(self) -> bool:
+        """Whether a process of the run has hung. Then it is on record with all that can be found out, and the workers here
+        were asked to end; whoever asks must kill them."""
+        now = time.monotonic()
+        if self.folder is None or self.verdict is not None or now < self._next:
+            return False
+        self._next = now + LOOK_S
+        self.watch.see(read_beats(self.folder), now)
+        if self.watch.late() or self.watch.missing() or self._elsewhere():
+            self._settle()
+            return True
+        return False
+
+    def close(self) -> None:
+        """The workers have ended. The reason is written again: one that was killed has been put on record as such."""
+        if self.verdict is not None:
+            self._record()
+        if self.folder is not None:
+            remove_folder(self.folder)
+
+    def _elsewhere(self) -> bool:
+        """Whether another node has noticed a hang."""
+        return self.place is not None and self.watch.quiet() and bool(board_of(self.place).said("hang"))
+
+    def _settle(self) -> None:
+        """Find out, say it, write it down, and ask the workers to end."""
+        mine = self.watch.seen(self.node)
+        pids = {one.rank: one.pid for one in mine if one.state not in "XZ" and one.phase != "ended"}
+        if self.folder is not None and ask_flight_recorder(self.folder):
+            time.sleep(NCCL_S)
+        stacks = dump_stacks(self.run.logs, pids)
+        mine = [dataclasses.replace(one, waits=waits(stacks.get(one.rank, ""))) for one in mine]
+        everyone = self._with_others(mine)
+        name = f"hang-{self.node}.txt"
+        if self.place is not None and self.place.tasks_per_node > 1:
+            name = f"hang-{self.node}.{self.place.local_task}.txt"
+        if self.watch.missing() or not everyone:
+            self.verdict = never_came(len(self.watch.beats), self.watch.expected, self.watch.waited)
+        else:
+            self.verdict = reason(everyone, f"stacks in logs/{name}")
+            self.culprit = next(iter(culprits(everyone)[0]), None)
+        title = f"{utc_now()} {self.verdict}"
+        lines = [_line(one) for one in sorted(everyone, key=lambda one: one.rank)]
+        with contextlib.suppress(OSError):
+            write_text(self.run.logs / name, report_text(title, lines, stacks, pids))
+        log.error("%s", self.verdict)
+        self._record()
+        _ask_to_end(list(pids.values()))
+
+    def _with_others(self, mine: list[Seen]) -> list[Seen]:
+        """Those of all nodes, as far as they say so in time."""
+        if self.place is None:
+            return mine
+        board = board_of(self.place)
+        board.say("hang", ranks=[one.facts() for one in mine])
+        deadline = time.monotonic() + OTHERS_S
+        said = board.said("hang")
+        while len({entry.get("task") for entry in said}) < self.place.tasks and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            said = board.said("hang")
+        found = {one.rank: one for one in mine}
+        for entry in said:
+            if entry.get("task") != self.place.task:
+                found |= {int(facts["rank"]): seen_from(facts) for facts in entry.get("ranks", [])}
+        return list(found.values())
+
+    def _record(self) -> None:
+        with contextlib.suppress(OSError):
+            self.run.write_status(state="failed", reason=self.verdict, exit_status=1)
+        named = self.culprit
+        leave_kind(self.run, "hang", self.verdict or "", named.rank if named else None, named.host if named else None)
+
+
+def _timeout(run: RunDir) -> HangTimeout:
+    """`train.hang_timeout` of the run; None if its config cannot be read: whoever trains will say so."""
+    try:
+        return load_run_config(run.config).train.hang_timeout
+    except (SftDistError, OSError):
+        return None
+
+
+def _line(one: Seen) -> str:
+    """One process in the table of the report."""
+    word = {True: "waits for others", False: "does not wait for others", None: ""}[one.waits]
+    where = f"rank {one.rank:<5} {one.host}  process {one.pid}  step {one.step}  phase {one.phase:<9}"
+    return f"{where}  silent for {one.seconds:.1f} s  state {one.state}  {word}".rstrip()
+
+
+def _ask_to_end(pids: Sequence[int]) -> None:
+    """SIGTERM, and a moment: one that was only slow saves and ends; for the others it changes nothing."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline and any(state_of(pid) not in "XZ" for pid in pids):
+        time.sleep(0.1)
