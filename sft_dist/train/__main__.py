@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from sft_dist.train import heartbeat
 from sft_dist.train.attempt import Attempt, attempt, joined
 from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
 from sft_dist.train.shutdown import Interrupted, StopRequest
+
+# How long a process that fails as the main one does leaves the word to it: hosts start seconds apart.
+MAIN_TELLS_S = 15.0
 
 
 def open_run(argument: str, adopted: Mapping[str, Any]) -> RunDir:
@@ -66,6 +70,7 @@ def main(arguments: list[str]) -> int:
         with StopRequest(), leaving_words(held_run(ATTEMPT_HELD), world.rank):
             _train(arguments[0], world)
     except MainFailed as error:
+        _let_main_tell()
         return exit_status(error)
     except RunStopped as error:
         # Whoever holds the attempt says it. A launcher takes any other status for a failure and ends the processes that
@@ -79,10 +84,21 @@ def main(arguments: list[str]) -> int:
             sys.stderr.write(explained(error))
         elif not isinstance(error, ConfigError) and (world.local_rank == 0 or has_met()):
             sys.stderr.write(f"rank {world.rank}: {explained(error).splitlines()[0]}\n")
+        else:
+            _let_main_tell()
+            sys.stderr.write(f"rank {world.rank}: {explained(error)}")
         return exit_status(error)
     finally:
         leave()
     return 0
+
+
+def _let_main_tell() -> None:
+    """Wait, so that the main process says what is wrong: when it ends, the launcher ends this one here.
+
+    The launcher would end the main one before it has spoken if this one were first. Returns if nothing has come.
+    """
+    time.sleep(MAIN_TELLS_S)
 
 
 def _train(argument: str, world: World) -> None:

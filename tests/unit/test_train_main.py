@@ -1,0 +1,51 @@
+"""Tests of `python -m sft_dist.train`: which of several processes says what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from sft_dist.errors import ConfigError, PreflightError, SftDistError
+from sft_dist.train import __main__ as worker
+from sft_dist.train.ranks import MainFailed
+
+WRONG = ConfigError("the config is wrong", problems=["train.x: unknown"])
+MISSING = PreflightError("no GPU here", hint="look at nvidia-smi")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "waits", "says"),
+    [
+        (0, 0, WRONG, False, "error: the config is wrong\n  train.x: unknown\n"),
+        (1, 1, WRONG, True, "rank 1: error: the config is wrong\n  train.x: unknown\n"),
+        (2, 0, WRONG, True, "rank 2: error: the config is wrong\n  train.x: unknown\n"),
+        (1, 1, MISSING, True, "rank 1: error: no GPU here\n  look at nvidia-smi\n"),
+        (2, 0, MISSING, False, "rank 2: error: no GPU here\n"),
+        (1, 1, MainFailed("the main process failed"), True, ""),
+    ],
+)
+def test_a_process_lets_the_main_one_speak_before_it_ends(
+    rank: int,
+    local_rank: int,
+    error: SftDistError,
+    waits: bool,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The launcher ends all processes once one has ended, also the main one, before it has said why."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert capsys.readouterr().err == "", "first it waits"
+        waited.append(seconds)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    monkeypatch.setattr(worker, "_train", fail)
+    assert worker.main(["somewhere"]) == error.exit_code
+    assert bool(waited) == waits
+    assert capsys.readouterr().err == says
