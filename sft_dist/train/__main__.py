@@ -102,6 +102,7 @@ def _let_main_tell() -> None:
 
 
 def _train(argument: str, world: World) -> None:
+    from sft_dist.train.pretrained import resolve_model
     from sft_dist.train.settle import as_main, needs_packages, record_environment, resolve_here
     from sft_dist.train.worker import train
 
@@ -118,6 +119,8 @@ def _train(argument: str, world: World) -> None:
         from sft_dist.train.deepspeed_keys import check_deepspeed
 
         check_deepspeed(resolved.given)
+    for source in (config.model.name, config.model.tokenizer or config.model.name):
+        resolve_model(source)  # once they have met, transformers saves what is built on the main process only
     ranks = join(world, use_cpu=resolved.use_cpu)
     mine = resolved
     resolved = as_main(ranks, lambda: mine, mine.num_threads)

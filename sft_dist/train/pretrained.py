@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 EMBEDDED = "embedded:"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Raised when the way in which an embedded model is built changes, so that no cache serves the old one.
-FORMAT = "1"
+FORMAT = "2"
 
 
 def resolve_model(name: str) -> str:

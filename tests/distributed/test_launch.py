@@ -256,7 +256,8 @@ def test_accelerate_launch_starts_the_worker_and_says_the_plan(
     (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": True}}))
     (tmp_path / "launch.yaml").write_text(LAUNCH)
     words = ("launch", "--config_file", "launch.yaml", "-m", "sft_dist.train", config("auto"))
-    strays = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    # An empty cache: both processes build the embedded model, and either may be the first.
+    strays = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "SFT_DIST_CACHE": str(tmp_path / "cache")}
     code, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", *words, **strays))
     assert code == 0, err
     run = RunDir(tmp_path / "runs" / "mine")
@@ -270,6 +271,8 @@ def test_accelerate_launch_starts_the_worker_and_says_the_plan(
     assert origins["parallel.plan"] == origins["model.dtype"] == "accelerate launch"
     assert read_json(run.plan / "deepspeed.json")["zero_optimization"]["reduce_bucket_size"] == 1234
     assert read_json(run.deepspeed_given)["zero_optimization"] == zero
+    (built,) = (tmp_path / "cache" / "models").iterdir()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in built.iterdir()}
 
     (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": {**zero, "overlap_com": True}}))
     _, _, err = finish(start("-m", "accelerate.commands.accelerate_cli", *words))
