@@ -13,15 +13,16 @@ PROCESS_BYTES = 3 * GIB
 def host_bytes(weights: Weights, layout: Layout) -> int:
     """Bytes of host memory that one node needs: the weights while they load, or what is offloaded; the larger.
 
-    Every process reads the weights into host memory before they go to its GPU (in parallel, so they add up), under FSDP2
-    as float32 if they are trained: transformers 5.23 lets each read all of them, whatever cpu_ram_efficient_loading says.
-    Under ZeRO-3 one process reads them and the others are sent their shards. A file in the run's type is mapped: its
-    pages are there once for all processes, and this is more than the node needs.
+    Under ZeRO-3 and FSDP2 one process reads the weights and the others are sent their shards, under FSDP2 as float32 if they
+    are trained. Else, and where FSDP2's frozen weights have 4 bits, every process reads them into host memory before they
+    go to its GPU (in parallel, so they add up). A file in the run's type is mapped: its pages are there once for all
+    processes, and this is more than the node needs.
     """
-    processes, zero3 = layout.processes_per_node, layout.plan.name == "zero3"
-    width = 4 if layout.dtype == "float32" or (layout.plan.engine == "fsdp2" and not weights.lora) else 2
+    processes, fsdp2 = layout.processes_per_node, layout.plan.engine == "fsdp2"
+    once = layout.plan.name == "zero3" or (fsdp2 and not weights.quantized)
+    width = 4 if layout.dtype == "float32" or (fsdp2 and not weights.lora) else 2
     loaded = weights.frozen if weights.lora else weights.trained
-    loading = loaded * width * (1 if zero3 else processes)
+    loading = loaded * width * (1 if once else processes)
     return processes * PROCESS_BYTES + max(loading, processes * offloaded_bytes(weights, layout))
 
 

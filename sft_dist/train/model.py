@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import ModelConfig
 from sft_dist.errors import PreflightError
 from sft_dist.files import read_json
 from sft_dist.train.adapter import nf4
 from sft_dist.train.pretrained import resolve_model
+from sft_dist.train.ranks import Ranks
 from sft_dist.train.tokenizer import RunTokenizer, missing_model
 
 if TYPE_CHECKING:
@@ -73,36 +76,113 @@ def missing_weights(folder: Path) -> list[str]:
     return [] if there else ["model.safetensors"]
 
 
-def load_model(model: ModelConfig, tokens: RunTokenizer, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
+def load_model(
+    model: ModelConfig, tokens: RunTokenizer, dtype: str, attn_implementation: str, ranks: Ranks | None = None
+) -> PreTrainedModel:
     """The causal language model that `model` names, its weights in `dtype`, or in 4 bits where its `lora` says so.
 
-    Under ZeRO-3 the main process reads the weights and every process keeps its share; else every process reads them all,
-    also under FSDP2, where all but the main one throw them away (transformers 5.23 with accelerate 1.15). Embeddings grow if
-    the template added tokens. Raises PreflightError if there is no such model here.
+    Under ZeRO-3 and, among `ranks`, under FSDP2 the main process reads the weights and every process gets its share; else
+    every process reads them all. Embeddings grow if the template added tokens. Raises PreflightError if there is no such
+    model here.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_fsdp_enabled
 
     source = resolve_model(model.name)
     in_4_bits = model.lora is not None and model.lora.quantization == "nf4"
+    common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    settings = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+
+    def read() -> PreTrainedModel:
+        quantization = {"quantization_config": nf4(settings["dtype"])} if in_4_bits else {}
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **common, **settings, **quantization)
+        return loaded
+
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            quantization_config=nf4(getattr(torch, dtype)) if in_4_bits else None,
-        )
+        if ranks is None or ranks.size == 1 or in_4_bits or not is_fsdp_enabled():
+            loaded = read()
+        else:
+            loaded = _read_by_main(ranks, read, lambda: _without_weights(source, common, settings))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise missing_model(model, source, "model", error) from None
     # Not the weight's shape: under ZeRO-3 the weight of this process is empty between its uses.
-    if len(tokens.tokenizer) > loaded.get_input_embeddings().num_embeddings:
+    embeddings = loaded.get_input_embeddings()
+    empty = embeddings.weight.is_meta
+    if len(tokens.tokenizer) > embeddings.num_embeddings:
         # The new rows start at the mean of the old ones (transformers' mean_resizing), so that no logit stands out.
-        loaded.resize_token_embeddings(len(tokens.tokenizer))
+        loaded.resize_token_embeddings(len(tokens.tokenizer), mean_resizing=not empty)
+    if empty:
+        _give_places(loaded)
     _agree_on_special_tokens(loaded, tokens)
     return loaded
+
+
+def _read_by_main(
+    ranks: Ranks, read: Callable[[], PreTrainedModel], build: Callable[[], PreTrainedModel]
+) -> PreTrainedModel:
+    """The model as the main process has `read` it; on the others as they `build` it, if its parameters are the same.
+
+    They are not where files hold two weights that the config says are one: only who reads them sees that.
+    """
+    models: list[PreTrainedModel] = []
+
+    def names(model: PreTrainedModel) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+    def read_names() -> list[str]:
+        models.append(read())
+        return names(models[0])
+
+    wanted = ranks.by_main(read_names)
+    if ranks.is_main:
+        return models[0]
+    built = build()
+    return built if names(built) == wanted else read()
+
+
+def _without_weights(source: str, common: dict[str, Any], settings: dict[str, Any]) -> PreTrainedModel:
+    """The model with its parameters on torch's meta device: FSDP2 fills them from the main process.
+
+    transformers 5.23 reads the files on every process, although accelerate throws away what all but the main one have read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = AutoConfig.from_pretrained(source, **common)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=common["trust_remote_code"], **settings
+        )
+    # Beside parameters there are buffers that no file holds, and they need their values here: from_pretrained sees to them.
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list every weight as missing
+    try:
+        built: PreTrainedModel = type(shapes).from_pretrained(None, config=config, state_dict={}, **settings)
+    finally:
+        logging.set_verbosity(told)
+    built.tie_weights()
+    return built
+
+
+def _give_places(model: PreTrainedModel) -> None:
+    """Move what is on the meta device to host memory that nobody has written to, so that none is taken.
+
+    accelerate tells the parameters of an optimizer apart by their addresses; on the meta device all are 0.
+    """
+    import torch
+
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                setattr(module, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    model.tie_weights()
 
 
 def gather_by_layer(model: PreTrainedModel) -> None:

@@ -65,7 +65,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None, resume=resume)
     # Weights that an adapter leaves as they are need no float32 masters.
     dtype = resolved.loading_dtype if config.model.lora is None else resolved.dtype
-    model = load_model(config.model, tokens, dtype=dtype, attn_implementation=resolved.attn_implementation)
+    model = load_model(config.model, tokens, dtype, resolved.attn_implementation, ranks)
     if resolved.plan == "zero3":
         gather_by_layer(model)
     if resolved.compile_layers:

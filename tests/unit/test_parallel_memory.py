@@ -259,12 +259,12 @@ def test_the_disk_holds_one_checkpoint_more_while_it_saves() -> None:
 @pytest.mark.parametrize(
     ("plan", "lora", "bytes_each"),
     [
-        ("ddp", None, 2 * 8), ("zero2", None, 2 * 8), ("zero3", None, 2), ("fsdp2", None, 4 * 8),
-        ("zero3", LoraConfig(), 2), ("fsdp2", LoraConfig(), 2 * 8),
+        ("ddp", None, 2 * 8), ("zero2", None, 2 * 8), ("zero3", None, 2), ("fsdp2", None, 4),
+        ("zero3", LoraConfig(), 2), ("fsdp2", LoraConfig(), 2), ("fsdp2", LoraConfig(quantization="nf4"), 2 * 8),
     ],
 )  # fmt: skip
 def test_how_often_a_node_has_the_weights_while_they_load(plan: str, lora: LoraConfig | None, bytes_each: int) -> None:
-    """As measured with two processes (docs/decisions.md): zero3 reads them once, fsdp2 in each process as float32."""
+    """As measured with two processes (docs/decisions.md): zero3 and fsdp2 read them once, fsdp2 as float32."""
     weights = weights_of(LARGE, lora, "bfloat16")
     assert host_bytes(weights, layout(plan, 8)) - 8 * PROCESS_BYTES == bytes_each * LARGE.total_params
 
