@@ -5,6 +5,9 @@ import sys
 
 def main() -> None:
     """The console script. What starts a run holds early signals back before anything that takes time is imported."""
+    from sft_dist.process import begin
+
+    begin()
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if verb in ("train", "resume"):
         from sft_dist.train.shutdown import hold_early_signals

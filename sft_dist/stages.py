@@ -13,6 +13,7 @@ from sft_dist.files import write_json, write_text
 from sft_dist.parallel.batch import check_heads
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import this_world
+from sft_dist.process import libraries_are_in
 from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
 
 def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | None) -> None:
     """Train in this process, or in those of the plan."""
+    libraries_are_in()
     if resolved.layout.plan.engine == "none":
         from sft_dist.train.ranks import Ranks
         from sft_dist.train.worker import train

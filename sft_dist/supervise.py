@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sft_dist.errors import SftDistError, exit_status, explained
 from sft_dist.jobs.place import handed_place
 from sft_dist.logs import log_to_stderr
+from sft_dist.process import begin, status_of
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
 
@@ -23,13 +23,9 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"run {run.name} was cancelled; go on with: sft-dist submit {run.path}\n")
         run.write_status(state="stopped", reason="cancelled")
         return 0
-    try:
-        run_here(run, handed_place())
-    except (SftDistError, OSError) as error:
-        sys.stderr.write(explained(error))
-        return exit_status(error)
-    return 0
+    return status_of(lambda: run_here(run, handed_place()))
 
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main(sys.argv[1:]))

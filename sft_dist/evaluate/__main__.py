@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from sft_dist.config.loader import load_run_config
-from sft_dist.errors import SftDistError, exit_status, explained
 from sft_dist.jobs.last_words import leaving_words
 from sft_dist.logs import log_to_stderr
+from sft_dist.process import begin, leave_out, status_of
 from sft_dist.rundir import RunDir
 
 
@@ -19,23 +19,23 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[1] not in ("before", "after"):
         sys.stderr.write("usage: python -m sft_dist.evaluate RUN_DIR before|after\n")
         return 2
-    try:
-        from sft_dist.parallel.resolve import one_process
-        from sft_dist.train.settle import resolve_here
+    when: Literal["before", "after"] = "before" if arguments[1] == "before" else "after"
+    return status_of(lambda: _evaluate(RunDir(Path(arguments[0])), when))
 
-        run = RunDir(Path(arguments[0]))
-        with leaving_words(run, 0):
-            config = load_run_config(run.config)
-            resolved = resolve_here(one_process(config))
-            from sft_dist.evaluate.compare import evaluate_model, load_for
 
-            when: Literal["before", "after"] = "before" if arguments[1] == "before" else "after"
-            evaluate_model(config, run, load_for(config, run, resolved, when), when)
-    except (SftDistError, OSError) as error:
-        sys.stderr.write(explained(error))
-        return exit_status(error)
-    return 0
+def _evaluate(run: RunDir, when: Literal["before", "after"]) -> None:
+    from sft_dist.parallel.resolve import one_process
+    from sft_dist.train.settle import resolve_here, unused_packages
+
+    with leaving_words(run, 0):
+        config = load_run_config(run.config)
+        resolved = resolve_here(one_process(config))
+        leave_out(unused_packages(config, resolved))
+        from sft_dist.evaluate.compare import evaluate_model, load_for
+
+        evaluate_model(config, run, load_for(config, run, resolved, when), when)
 
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from sft_dist.data.formats import Example, expected_answer, prompt_messages
 from sft_dist.data.sources import load_examples
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.files import read_jsonl, write_json, write_jsonl
+from sft_dist.process import libraries_are_in
 from sft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
     from sft_dist.train.model import load_model
     from sft_dist.train.tokenizer import load_tokenizer
 
+    libraries_are_in()
     spec = config.model
     adapter_only = spec.lora is not None and not spec.lora.merge
     if not adapter_only:

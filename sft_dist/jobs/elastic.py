@@ -11,6 +11,7 @@ from pathlib import Path
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.launcher import ATTEMPT_HELD
+from sft_dist.process import begin, libraries_are_in
 from sft_dist.rundir import RunDir
 
 
@@ -20,6 +21,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    libraries_are_in()
     logging.disable(logging.ERROR)  # "Sending process ... closing signal": what matters is in status.json
     before = oom_kills()
     try:
@@ -43,4 +45,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.adopt import with_values
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import World, this_world, with_told
+from sft_dist.process import begin, leave_out, libraries_are_in
 from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train import heartbeat
 from sft_dist.train.attempt import Attempt, attempt, joined
@@ -103,13 +105,14 @@ def _let_main_tell() -> None:
 
 def _train(argument: str, world: World) -> None:
     from sft_dist.train.pretrained import resolve_model
-    from sft_dist.train.settle import as_main, needs_packages, record_environment, resolve_here
+    from sft_dist.train.settle import as_main, needs_packages, record_environment, resolve_here, unused_packages
     from sft_dist.train.worker import train
 
     there = RunDir(Path(argument)) if RunDir(Path(argument)).config.is_file() else None
     config = load_run_config(there.config) if there else load_config(argument).config
     resolved = resolve_here(config, run=there, world=world)
     needs_packages(resolved.config, resolved)
+    leave_out(unused_packages(resolved.config, resolved))
     if resolved.layout.plan.engine != "none" and not world.launched:
         raise ConfigError(
             f"parallel.plan {resolved.plan} is {resolved.layout.world_size} process(es) of a launcher, this is none",
@@ -128,6 +131,8 @@ def _train(argument: str, world: World) -> None:
     with _entered(run, ranks) as current, leaving_words(run, ranks.rank):
         if ranks.is_main and not os.environ.get(ATTEMPT_HELD):
             record_environment(run, resolved)
+        importlib.import_module("sft_dist.train.trainer")  # TRL, and with it all that takes seconds
+        libraries_are_in()
         train(run, current, resolved, ranks)
 
 
@@ -158,4 +163,5 @@ def _entered(run: RunDir, ranks: Ranks) -> Iterator[Attempt]:
 
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main(sys.argv[1:]))

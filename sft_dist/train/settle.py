@@ -90,6 +90,21 @@ def needs_packages(config: Config, resolved: Resolved) -> None:
             )
 
 
+def unused_packages(config: Config, resolved: Resolved) -> tuple[str, ...]:
+    """Optional packages that libraries would import only because they are installed, and that this run has no use for.
+
+    PEFT imports bitsandbytes, which compiles functions as it is imported, and TRL imports wandb. Neither has a switch for
+    it (PEFT 0.21, helpers.py; TRL 1.16, trainer/base_trainer.py).
+    """
+    if config.train.extra or resolved.given:  # arguments of the libraries' own may need either
+        return ()
+    wanted = (
+        (config.model.lora is not None, "bitsandbytes"),  # also for a base model that was published in 4 bits
+        ("wandb" in config.tracking.report_to, "wandb"),
+    )
+    return tuple(package for needed, package in wanted if not needed)
+
+
 def record_environment(run: RunDir, resolved: Resolved) -> None:
     """Write env.json and the plan's settings in plan/, and log what `auto` was decided to be.
 

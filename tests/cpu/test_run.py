@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,33 @@ def test_the_worker_takes_a_config_too(tmp_path: Path, tiny_model_dir: Path) -> 
     run = RunDir(tmp_path / "runs" / "mine")
     assert run.read_status()["state"] == "done"
     assert main([]) == main(["--help"]) == main(["a", "b"]) == 2
+
+
+# Runs the worker as `python -m sft_dist.train` does, and says what its process is like while it trains.
+WATCHED = """
+import gc, json, runpy, sys
+def say(self, row, shown=[]):
+    if not shown:
+        absent = [name for name in ("bitsandbytes", "wandb") if sys.modules.get(name) is None]
+        print(json.dumps({"absent": absent, "collects": gc.get_threshold() == usual, "frozen": gc.get_freeze_count()}))
+        shown.append(row)
+usual = gc.get_threshold()
+from sft_dist.train.progress import Progress
+Progress.metrics = say
+sys.argv = ["-m", sys.argv[1]]
+runpy.run_module("sft_dist.train", run_name="__main__")
+"""
+
+
+def test_the_worker_imports_only_what_its_run_uses(new_run: NewRun) -> None:
+    run = new_run(*SMALL, "train.max_steps=1")
+    words = [sys.executable, "-c", WATCHED, str(run.path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[0])
+    assert found["absent"] == ["bitsandbytes", "wandb"]
+    assert found["collects"], "garbage would pile up while it trains"
+    assert found["frozen"] > 100_000, "it is looked through again and again"
 
 
 def test_the_worker_leaves_a_done_run_alone(new_run: NewRun) -> None:

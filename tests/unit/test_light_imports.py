@@ -58,6 +58,7 @@ def light_modules() -> list[str]:
             "errors",
             "files",
             "logs",
+            "process",
             "rundir",
             "stages",
             "cli",

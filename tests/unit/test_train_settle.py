@@ -61,6 +61,25 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     settle.needs_packages(needs_nothing, resolve(needs_nothing, GPU_NODE))
 
 
+@pytest.mark.parametrize(
+    ("tree", "unused"),
+    [
+        ({}, ("bitsandbytes", "wandb")),
+        ({"tracking": {"report_to": ("tensorboard",)}}, ("bitsandbytes", "wandb")),
+        ({"tracking": {"report_to": ("wandb",)}}, ("bitsandbytes",)),
+        ({"model": {"lora": {"quantization": "nf4"}}}, ("wandb",)),
+        ({"model": {"lora": {}}}, ("wandb",)),  # the base model may have been published in 4 bits
+        ({"train": {"extra": {"use_liger_kernel": True}}}, ()),
+    ],
+)
+def test_what_a_run_has_no_use_for(tree: dict[str, object], unused: tuple[str, ...]) -> None:
+    config = Config.model_validate({"parallel": {"plan": "ddp"}, **tree})
+    resolved = resolve(config, GPU_NODE)
+    assert settle.unused_packages(config, resolved) == unused
+    # A DeepSpeed file of one's own may log to wandb.
+    assert settle.unused_packages(config, dataclasses.replace(resolved, given={"wandb": {"enabled": True}})) == ()
+
+
 def test_a_run_that_goes_on_where_a_package_is_missing_starts_no_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
