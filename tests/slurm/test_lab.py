@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,21 @@ def test_labs_do_not_meet_and_down_leaves_nothing(lab: Lab, new_lab: NewLab, tmp
         assert other.manage("down").returncode == 0
     assert "idle" in lab.run("sinfo", "--noheader", "--format=%T")
     assert Path("/etc/hosts").read_bytes() == hosts
+
+
+def test_labs_that_start_at_the_same_moment_do_not_meet(new_lab: NewLab) -> None:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        labs = list(pool.map(stack.enter_context, [new_lab("--nodes=1", "--gpus=0") for _ in range(2)]))
+        asked = ("sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=Cluster")
+        clusters = [lab.run(*asked) for lab in labs]
+        assert clusters == [lab.run("scontrol", "show", "config").split("ClusterName")[1].split()[1] for lab in labs]
+        assert clusters[0] != clusters[1]
+        for lab in labs:
+            # MariaDB's temporary files have names that two can have in common, so that the later one ended.
+            files = [file.readlink() for file in Path(f"/proc/{daemons(lab)['mariadbd']}/fd").iterdir()]
+            kept = [file for file in files if file.is_relative_to(lab.folder.parent)]
+            assert kept
+            assert all(file.is_relative_to(lab.folder) for file in kept), kept
 
 
 def test_a_kept_lab_goes_on_where_it_was(new_lab: NewLab) -> None:
