@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
@@ -16,6 +19,7 @@ from sft_dist.rundir import RunDir
 
 NewRun = Callable[..., RunDir]
 CallCli = Callable[..., int]
+Server = TypeVar("Server", bound=http.server.ThreadingHTTPServer)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +91,30 @@ def call_cli(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> CallCli:
         return int(ended.value.code or 0)
 
     return call
+
+
+class Serve(Protocol):
+    def __call__(self, server: Server) -> Server: ...
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """`serve(server)` lets an HTTP server answer in a thread until the test ends; returns it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server: Server) -> Server:
+            stack.enter_context(server)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def no_proxy() -> dict[str, str | None]:
+    """For the environment of a command that talks to such a server: without the proxies of this machine."""
+    return dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"))
 
 
 @pytest.fixture

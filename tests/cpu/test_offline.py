@@ -7,8 +7,6 @@ import http.server
 import json
 import re
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -17,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.conftest import RunCli
+    from tests.cpu.conftest import Serve
 
 MODEL, DATASET, HELD_OUT = "lab/tiny", "lab/rows", "lab/questions"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -28,7 +27,6 @@ FIELDS = (
     "run.name=far",
     "train.max_steps=2",
 )
-PROXIES = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"))
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -97,7 +95,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Hub]:
+def hub(serve: Serve, tmp_path: Path, tiny_model_dir: Path) -> Hub:
     """A Hub with the tiny model, rows to train on, and rows to score."""
     folder = tmp_path / "hub"
     shutil.copytree(tiny_model_dir, folder / "models" / MODEL)
@@ -105,16 +103,13 @@ def hub(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Hub]:
         (folder / "datasets" / name).mkdir(parents=True)
         rows = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(count)]
         (folder / "datasets" / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with Hub(folder) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
+    return serve(Hub(folder))
 
 
 @pytest.fixture
-def login(hub: Hub, tmp_path: Path) -> dict[str, str | None]:
+def login(hub: Hub, tmp_path: Path, no_proxy: dict[str, str | None]) -> dict[str, str | None]:
     """The environment of a login node, which has a network and a cache of its own."""
-    return {"HF_HUB_OFFLINE": None, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), **PROXIES}
+    return {"HF_HUB_OFFLINE": None, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), **no_proxy}
 
 
 def test_everything_is_fetched_and_the_job_needs_no_network(

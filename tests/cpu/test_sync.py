@@ -7,8 +7,7 @@ import http.server
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from sft_dist.train.callbacks import wandb_run_id
 
 if TYPE_CHECKING:
     from tests.conftest import RunCli
+    from tests.cpu.conftest import Serve
 
 pytest.importorskip("wandb")
 NewRun = Callable[..., RunDir]
@@ -114,19 +114,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
+def server(serve: Serve) -> Server:
+    return serve(Server())
 
 
 @pytest.fixture
-def account(server: Server, tmp_path: Path) -> dict[str, str | None]:
+def account(server: Server, tmp_path: Path, no_proxy: dict[str, str | None]) -> dict[str, str | None]:
     """The environment of someone with a key for that server, and without settings of their own."""
-    proxies = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
-    home = {"HOME": str(tmp_path), "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40}
-    return {**home, **dict.fromkeys(proxies)}
+    return {"HOME": str(tmp_path), "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40, **no_proxy}
 
 
 def attempt(run: RunDir, first: int, last: int, *kill: str) -> None:

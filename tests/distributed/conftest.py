@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from sft_dist.rundir import RunDir
 
 TinyRun = Callable[..., RunDir]
 Launch = Callable[..., str]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 MANY = Path(__file__).with_name("many.py")
 # Rows of unequal lengths, with unequal numbers of trained tokens; nothing beside the training.
@@ -66,6 +67,31 @@ def tiny_run(session_environment: dict[str, str], tiny_model_dir: Path) -> TinyR
             return stages.new_run(loaded)
 
     return make
+
+
+@pytest.fixture
+def start(cpu_environment: Mapping[str, str], tmp_path: Path) -> Iterator[Start]:
+    """`start("-m", "sft_dist", "resume", run.path)` starts Python with these words, in the test's folder; ends them after it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str | Path, **variables: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path,
+            env={**cpu_environment, "COLUMNS": "200", **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,30 +22,15 @@ TWO = ("parallel.plan=ddp", "parallel.num_processes=2", "train.max_steps=1000000
 
 
 @pytest.fixture
-def start(cpu_environment: Mapping[str, str], tmp_path: Path) -> Iterator[Start]:
-    """`start(run, site)` resumes a run; Python runs the code `site` when each of its processes starts."""
-    started: list[subprocess.Popen[str]] = []
+def resume(start: Start, tmp_path: Path) -> Start:
+    """`resume(run, site)` resumes a run; Python runs the code `site` when each of its processes starts."""
 
     def begin(run: RunDir, site: str = "") -> subprocess.Popen[str]:
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(site)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sft_dist", "resume", str(run.path)],
-            cwd=tmp_path,
-            env={**cpu_environment, "COLUMNS": "200", "PYTHONPATH": path_with(tmp_path / "site")},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+        return start("-m", "sft_dist", "resume", run.path, PYTHONPATH=path_with(tmp_path / "site"))
 
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate(timeout=120)
+    return begin
 
 
 def path_with(folder: Path) -> str:
@@ -81,11 +65,11 @@ def parts(report: str) -> list[str]:
 
 
 def test_a_stopped_rank_is_named_and_the_one_that_waits_shows_its_stacks(
-    start: Start, tiny_run: TinyRun, tmp_path: Path
+    resume: Start, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     """The other one is blocked in a gloo collective, and writes its stacks out of it; a stopped one cannot."""
     run = tiny_run(tmp_path, "stopped", *TWO, "train.hang_timeout=2")
-    process = start(run)
+    process = resume(run)
     until(lambda: step(run) >= 5, process)
     (agent,) = children(process.pid)
     pids = {rank_of(pid): pid for pid in children(agent)}
@@ -126,10 +110,10 @@ if os.environ.get("RANK") == "1":
 
 
 def test_a_rank_that_stays_in_its_step_is_told_from_the_one_that_waits_for_it(
-    start: Start, tiny_run: TinyRun, tmp_path: Path
+    resume: Start, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     run = tiny_run(tmp_path, "asleep", *TWO, "train.hang_timeout=2")
-    process = start(run, SLEEPY)
+    process = resume(run, SLEEPY)
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1, err
     reason = run.read_status()["reason"]

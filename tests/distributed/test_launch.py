@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,31 +24,6 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 TWO = ("parallel.plan=ddp", "parallel.num_processes=2")
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
-
-
-@pytest.fixture
-def start(cpu_environment: Mapping[str, str], tmp_path: Path) -> Iterator[Start]:
-    """`start("-m", "sft_dist", "resume", run.path)` starts Python with these words, in the test's folder."""
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(*words: str | Path, **variables: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=tmp_path,
-            env={**cpu_environment, "COLUMNS": "200", **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate(timeout=120)
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
