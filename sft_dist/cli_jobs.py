@@ -1,4 +1,4 @@
-"""The commands about runs that were started: `status`, `logs`, `cancel`, `sync`."""
+"""The commands about runs that were started: `status`, `logs`, `cancel`, `verify`, `sync`."""
 
 from __future__ import annotations
 
@@ -102,6 +102,19 @@ def cancel(
     typer.echo("\n".join(details(after)))
 
 
+def verify(
+    run: RunArgument,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare every checkpoint of a run with its manifest, byte by byte; changes nothing. Example: sft-dist verify demo"""
+    from sft_dist.rundir import find_run
+    from sft_dist.train.verify import survey
+
+    found = survey(find_run(run))
+    typer.echo(json.dumps(found.facts(), indent=2) if as_json else "\n".join(found.lines()))
+    found.refuse_damage()
+
+
 def sync(
     runs: RunsArgument = None,
     as_json: JsonFlag = False,
@@ -135,7 +148,7 @@ def sync(
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    for command in (status, logs, cancel, sync):
+    for command in (status, logs, cancel, verify, sync):
         app.command()(command)
 
 

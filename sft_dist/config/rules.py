@@ -112,6 +112,12 @@ def _strategies(config: Config) -> Iterator[Problem]:
         elif strategy != "steps" and steps is not None:
             problem = f"{steps} would be ignored, since {kind}_strategy is '{strategy}'; set {kind}_strategy=steps"
             yield Problem(field, problem, rests_on)
+    if save.milestone_steps is not None and save.save_strategy != "steps":
+        problem = f"{save.milestone_steps} would be ignored, since save_strategy is '{save.save_strategy}'; set save_strategy=steps"
+        yield Problem("checkpoint.milestone_steps", problem, ("checkpoint.save_strategy",))
+    elif save.milestone_steps is not None and save.save_steps and save.milestone_steps % save.save_steps:
+        problem = f"{save.milestone_steps} is not a multiple of save_steps {save.save_steps}, so most of them would not be saved"
+        yield Problem("checkpoint.milestone_steps", problem, ("checkpoint.save_steps",))
     if train.eval_strategy != "no" and config.data.eval is None and config.data.eval_size == 0:
         problem = f"'{train.eval_strategy}' needs rows to evaluate on; set data.eval, or data.eval_size above 0"
         yield Problem("train.eval_strategy", problem, ("data.eval", "data.eval_size"))

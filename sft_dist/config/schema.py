@@ -155,6 +155,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints when `save_strategy` is `steps`."""
     keep: Annotated[int, Field(ge=2)] = 2
     """How many complete checkpoints stay; older ones are removed only after a newer one is complete."""
+    milestone_steps: Count | None = None
+    """Checkpoints at multiples of so many steps stay for good, beside those that `keep` counts."""
 
 
 class GenerationConfig(Section):

@@ -159,7 +159,8 @@ def estimate(job: Job, cluster: Cluster, layout: Layout, micro: int) -> Estimate
         waiting=rows.fullest(micro, devices) / (micro * rows.mean),
     )
     merge = config.model.lora.merge if config.model.lora is not None else False
-    saves = config.checkpoint.save_strategy != "no"
+    saves, steps = config.checkpoint.save_strategy != "no", steps_of(config, rows.count)
+    milestones = (steps or 0) // (config.checkpoint.milestone_steps or (steps or 0) + 1)
     return Estimate(
         layout=layout,
         batch=batch,
@@ -167,9 +168,9 @@ def estimate(job: Job, cluster: Cluster, layout: Layout, micro: int) -> Estimate
         usable=round(gpu.usable_gib(layout.world_size) * GIB),
         host=host_bytes(weights, layout),
         checkpoint=checkpoint_bytes(weights, layout),
-        disk=disk_bytes(weights, layout, keep=config.checkpoint.keep, saves=saves, merge=merge),
+        disk=disk_bytes(weights, layout, keep=config.checkpoint.keep + milestones, saves=saves, merge=merge),
         time=step_time(job.architecture, weights, layout, batch, work, gpu),
-        steps=steps_of(config, rows.count),
+        steps=steps,
         refused=_refusal(job, layout, weights, micro),
     )
 

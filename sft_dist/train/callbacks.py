@@ -149,7 +149,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         write_manifest(folder, state.global_step, self.facts, self.ranks)
         if not self.ranks.is_main:
             return
-        rotate(self.run, self.config.checkpoint.keep)
+        rotate(self.run, self.config.checkpoint.keep, self.config.checkpoint.milestone_steps)
         self.run.write_status(checkpoint=folder.name)
 
     def on_train_end(

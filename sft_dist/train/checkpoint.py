@@ -1,74 +1,121 @@
-"""Checkpoints that count only with their manifest: sizes and hashes of every file, written last."""
+"""Checkpoints that count only with their manifest: sizes and hashes of every file, written last. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from sft_dist.files import read_json, utc_now, write_json
+from sft_dist.files import read_json, sync_path, utc_now, write_json
 from sft_dist.rundir import RunDir
 from sft_dist.train.ranks import Ranks
 
 MANIFEST = "MANIFEST.json"
+# In a checkpoint that was set aside: what was wrong with it.
+SET_ASIDE = "SET_ASIDE.txt"
+# What a checkpoint is called while it is being removed, so that half of one never bears its name.
+REMOVING = ".removing-"
 PIECE = 16 * 2**20
+READERS = 8
 # What a manifest says of how its checkpoint was trained, as far as the run that goes on asks.
 OF_PLAN = ("plan", "dtype", "use_cpu", "world_size", "per_device_train_batch_size", "gradient_checkpointing")
+# The fewest complete checkpoints that rotation leaves: the newest may turn out to be damaged.
+LEAST = 2
+
+Entries = dict[str, dict[str, Any]]
 
 
 def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any], ranks: Ranks | None = None) -> None:
     """Record every file of `checkpoint` with size and hash (XXH3, 128 bits); from here on the checkpoint is complete.
 
-    Every process calls it once it has written its own files; each of them hashes a share of all files.
+    Every process calls it once it has written its own files; each of them hashes a share of all files. They are on the
+    disk before the manifest is.
     """
     ranks = ranks or Ranks()
     ranks.barrier()
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-    mine = files[ranks.rank :: ranks.size]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(_digest, mine))
-    entries = {
-        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "xxh3_128": digest}
-        for path, digest in zip(mine, digests, strict=True)
-    }
-    shares = ranks.everyones(entries)
+    shares = ranks.everyones(settled(checkpoint, ranks))
     if ranks.is_main:
-        together = {name: entry for share in shares for name, entry in share.items()}
-        found = {"step": step, "written": utc_now(), **facts, "files": dict(sorted(together.items()))}
-        write_json(checkpoint / MANIFEST, found)
+        seal(checkpoint, step, facts, shares)
     ranks.barrier()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file is there with its size and hash."""
+def settled(checkpoint: Path, ranks: Ranks, node_share: tuple[int, int] = (0, 1)) -> Entries:
+    """Size and hash of this process's share of the files, once what this node wrote is on the disk. Raises OSError.
+
+    Only the host that wrote a file can force it out: the processes of a node, of which this one is `node_share`
+    (number, how many), sync all files and folders between them.
+    """
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    folders = [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]
+    number, of = node_share
+    mine = files[ranks.rank :: ranks.size]
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(sync_path, [*files, *folders][number::of]))
+        digests = list(pool.map(_digest, mine))
+    return {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "xxh3_128": digest}
+        for path, digest in zip(mine, digests, strict=True)
+    }
+
+
+def seal(checkpoint: Path, step: int, facts: dict[str, Any], shares: Iterable[Entries]) -> None:
+    """Write the manifest of a checkpoint whose files are on the disk. Raises OSError."""
+    sync_path(checkpoint.parent)
+    together = {name: entry for share in shares for name, entry in share.items()}
+    found = {"step": step, "written": utc_now(), **facts, "files": dict(sorted(together.items()))}
+    write_json(checkpoint / MANIFEST, found)
+    sync_path(checkpoint)
+
+
+def damage(checkpoint: Path, ranks: Ranks | None = None) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is there with its size and hash.
+
+    With `ranks` every process must call it: each reads a share of the files, and all learn the answer.
+    """
+    ranks = ranks or Ranks()
+    return next((it for it in ranks.everyones(_damage(checkpoint, ranks)) if it is not None), None)
+
+
+def _damage(checkpoint: Path, ranks: Ranks) -> str | None:
     try:
         manifest = read_json(checkpoint / MANIFEST)
     except ValueError:
         return f"{MANIFEST} is not readable"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror or error}"
     if manifest is None:
         return f"{MANIFEST} is missing: the save did not finish"
     try:
-        return _first_difference(checkpoint, manifest["files"])
-    except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
+        return _first_difference(checkpoint, manifest["files"], ranks)
+    except (KeyError, TypeError, AttributeError, ValueError):  # JSON, but not a manifest
         return f"{MANIFEST} is not readable"
 
 
-def _first_difference(checkpoint: Path, files: dict[str, Any]) -> str | None:
-    for name, entry in files.items():
+def _first_difference(checkpoint: Path, files: Entries, ranks: Ranks) -> str | None:
+    mine = [name for name, _ in sorted(files.items())][ranks.rank :: ranks.size]
+    for name in mine:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-    for name, entry in files.items():
-        if _digest(checkpoint / name) != entry["xxh3_128"]:
-            return f"{name} has changed since it was written"
-    return None
+        if path.stat().st_size != files[name]["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {files[name]['bytes']}"
+
+    def differs(name: str) -> str | None:
+        try:
+            same = _digest(checkpoint / name) == files[name]["xxh3_128"]
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+        return None if same else f"{name} has changed since it was written"
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return next((it for it in pool.map(differs, mine) if it is not None), None)
 
 
 def list_checkpoints(run: RunDir) -> list[tuple[int, Path]]:
@@ -82,19 +129,30 @@ def list_checkpoints(run: RunDir) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def newest_complete(run: RunDir) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line on each damaged one, which is renamed `torn-checkpoint-N`."""
+def newest_complete(run: RunDir, ranks: Ranks | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line on each damaged one, which is renamed `torn-checkpoint-N`.
+
+    With `ranks` every process must call it: the main one lists and renames, all of them verify.
+    """
+    ranks = ranks or Ranks()
     torn: list[str] = []
-    for _, path in list_checkpoints(run):
-        problem = damage(path)
+    for _, path in ranks.by_main(lambda: list_checkpoints(run)):
+        problem = damage(path, ranks)
         if problem is None:
             return path, torn
-        aside = path.with_name(f"torn-{path.name}")
-        while aside.exists():  # set aside before, saved again and torn again
-            aside = aside.with_name(f"{aside.name}-again")
-        path.rename(aside)
-        torn.append(f"{path.name}: {problem}; set aside as {aside.name}")
+        torn.append(ranks.by_main(functools.partial(set_aside, path, problem)))
     return None, torn
+
+
+def set_aside(checkpoint: Path, problem: str) -> str:
+    """Rename a checkpoint that cannot be used to torn-checkpoint-N, with the reason in it; a line that says so."""
+    aside = checkpoint.with_name(f"torn-{checkpoint.name}")
+    while aside.exists():  # set aside before, saved again and torn again
+        aside = aside.with_name(f"{aside.name}-again")
+    checkpoint.rename(aside)
+    with contextlib.suppress(OSError):  # the disk may be full
+        (aside / SET_ASIDE).write_text(f"{problem}\n", encoding="utf-8")
+    return f"{checkpoint.name}: {problem}; set aside as {aside.name}"
 
 
 def newest_facts(run: RunDir) -> dict[str, Any] | None:
@@ -107,11 +165,32 @@ def newest_facts(run: RunDir) -> dict[str, Any] | None:
     return None
 
 
-def rotate(run: RunDir, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep` complete ones; called once a newer one is complete."""
-    complete = [path for _, path in list_checkpoints(run) if (path / MANIFEST).is_file()]
-    for path in complete[keep:]:
-        shutil.rmtree(path)
+def rotate(run: RunDir, keep: int, milestone_steps: int | None = None) -> None:
+    """Remove the oldest checkpoints beyond `keep` complete ones; called once a newer one is complete. Raises OSError.
+
+    At least two complete ones stay, whatever `keep` says, and so do those at multiples of `milestone_steps`.
+    """
+    for left in run.checkpoints.glob(f"{REMOVING}*"):  # of a process that was killed while it removed one
+        shutil.rmtree(left)
+    complete = [(step, path) for step, path in list_checkpoints(run) if (path / MANIFEST).is_file()]
+    for step, path in complete[max(keep, LEAST) :]:
+        if not milestone_steps or step % milestone_steps:
+            discard(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; at no moment half of one stands under its name. Raises OSError."""
+    leaving = checkpoint.with_name(f"{REMOVING}{checkpoint.name}")
+    if leaving.exists():
+        shutil.rmtree(leaving)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def size_of(manifest: dict[str, Any]) -> tuple[int, int]:
+    """Bytes and number of the files that a manifest lists."""
+    entries = manifest["files"].values()
+    return sum(int(entry["bytes"]) for entry in entries), len(entries)
 
 
 def _digest(path: Path) -> str:

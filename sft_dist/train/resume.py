@@ -13,6 +13,7 @@ from sft_dist.parallel.decide import WHOLE
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
 from sft_dist.train.checkpoint import MANIFEST, newest_complete
+from sft_dist.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +31,19 @@ class Resume:
     """Whether DeepSpeed must load the copy in it that was cut anew, instead of its own shards."""
 
 
-def resume_from(run: RunDir, facts: dict[str, Any]) -> Resume | None:
+def resume_from(run: RunDir, facts: dict[str, Any], ranks: Ranks) -> Resume | None:
     """The newest complete checkpoint of `run`, made ready for the plan and the processes that `facts` describe.
 
-    None if there is none. Raises CheckpointError if it holds something else than the run of now needs.
+    None if there is none. Every process must call it: they verify the files together, and the main one decides. Raises
+    CheckpointError if it holds something else than the run of now needs.
     """
-    checkpoint, torn = newest_complete(run)
+    checkpoint, torn = newest_complete(run, ranks)
     for line in torn:
         log.warning("%s", line)
-    if checkpoint is None:
-        return None
+    return None if checkpoint is None else ranks.by_main(lambda: _made_ready(checkpoint, facts))
+
+
+def _made_ready(checkpoint: Path, facts: dict[str, Any]) -> Resume:
     manifest = read_json(checkpoint / MANIFEST)
     refuse_other_run(checkpoint.name, manifest, facts)
     refuse_uncuttable(checkpoint.name, manifest, facts)

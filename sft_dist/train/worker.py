@@ -54,7 +54,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, resolved, prepared.ledger, ranks)
     facts = {**resolved.facts(), "data": prepared.ledger["key"]}
-    resume = ranks.by_main(lambda: resume_from(run, facts))
+    resume = resume_from(run, facts, ranks)
     if resolved.layout.plan.engine == "deepspeed":
         tell_deepspeed(use_cpu=resolved.use_cpu)
     if resolved.layout.plan.engine == "fsdp2":

@@ -10,7 +10,17 @@ import pytest
 
 from sft_dist.files import read_json
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, damage, list_checkpoints, newest_complete, rotate, write_manifest
+from sft_dist.train import checkpoint
+from sft_dist.train.checkpoint import (
+    MANIFEST,
+    SET_ASIDE,
+    damage,
+    list_checkpoints,
+    newest_complete,
+    rotate,
+    write_manifest,
+)
+from sft_dist.train.ranks import Ranks
 
 FILES = {
     "model.safetensors": bytes(range(256)) * 20,
@@ -182,3 +192,79 @@ def test_rotation_neither_counts_nor_removes_what_is_not_complete(run: RunDir) -
 def test_the_manifest_of_a_save_is_readable_json(run: RunDir) -> None:
     text = (save(run, 5) / MANIFEST).read_text(encoding="utf-8")
     assert json.loads(text)["files"]["trainer_state.json"]["bytes"] == len(FILES["trainer_state.json"])
+
+
+def test_rotation_never_goes_below_two_whatever_it_is_told(run: RunDir) -> None:
+    for step in (5, 10, 15):
+        save(run, step)
+    rotate(run, 0)
+    assert [step for step, _ in list_checkpoints(run)] == [15, 10]
+    rotate(run, 1)
+    assert [step for step, _ in list_checkpoints(run)] == [15, 10]
+
+
+def test_milestones_stay_for_good_and_count_among_the_newest(run: RunDir) -> None:
+    for step in (5, 10, 15, 20, 25, 30):
+        save(run, step)
+        rotate(run, 2, milestone_steps=10)
+    assert [step for step, _ in list_checkpoints(run)] == [30, 25, 20, 10]
+    assert all(damage(path) is None for _, path in list_checkpoints(run))
+
+
+def test_half_a_removed_checkpoint_never_bears_its_name_and_goes_with_the_next_rotation(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10, 15):
+        save(run, step)
+
+    def killed(path: Path) -> None:
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rotate(run, 2)
+    assert [(step, damage(path)) for step, path in list_checkpoints(run)] == [(15, None), (10, None)]
+    assert len(list(run.checkpoints.iterdir())) == 3
+    rotate(run, 2)
+    assert len(list(run.checkpoints.iterdir())) == 2
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_manifest(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(run, 5, manifest=False)
+    done: list[str] = []
+    sync, write = checkpoint.sync_path, checkpoint.write_json
+
+    def synced(path: Path) -> None:
+        sync(path)
+        done.append(str(path.relative_to(run.checkpoints)))
+
+    def written(path: Path, value: object) -> None:
+        write(path, value)
+        done.append(path.name)
+
+    monkeypatch.setattr(checkpoint, "sync_path", synced)
+    monkeypatch.setattr(checkpoint, "write_json", written)
+    write_manifest(folder, 5, {})
+    name = folder.name
+    before, after = done[: done.index(MANIFEST)], done[done.index(MANIFEST) + 1 :]
+    folders = {name, f"{name}/nested", f"{name}/nested/shard-0", "."}
+    assert set(before) == {f"{name}/{file}" for file in FILES} | folders
+    assert after == [name], "the manifest's own name"
+
+
+def test_what_is_set_aside_says_why(run: RunDir) -> None:
+    save(run, 5)
+    truncate(save(run, 10) / "optimizer.pt")
+    _, (line,) = newest_complete(run)
+    reason = (run.checkpoints / "torn-checkpoint-10" / SET_ASIDE).read_text()
+    assert reason == "optimizer.pt has 399 bytes, not 400\n"
+    assert line == "checkpoint-10: optimizer.pt has 399 bytes, not 400; set aside as torn-checkpoint-10"
+
+
+def test_processes_share_the_files_and_each_learns_what_another_found(run: RunDir) -> None:
+    folder = save(run, 5)
+    flip(folder / "optimizer.pt")
+    found = [checkpoint._damage(folder, Ranks(rank, 3)) for rank in range(3)]
+    assert sorted(filter(None, found)) == ["optimizer.pt has changed since it was written"]
