@@ -392,11 +392,11 @@ class Stopwatch:
     def watch_trainer(self) -> None:
         from transformers import trainer
 
-        from sft_dist.train import callbacks
+        from sft_dist.train import saving
         from sft_dist.train.trainer import Trainer
 
         self.watch(Trainer, "_save_checkpoint", "save_s")
-        self.watch(callbacks, "write_manifest", "manifest_s")
+        self.watch(saving, "settled", "manifest_s")  # in a thread, beside the training
         self.watch(Trainer, "_load_from_checkpoint", "load_s")
         self.watch(Trainer, "_load_optimizer_and_scheduler", "load_s")
         self.watch(trainer, "deepspeed_load_checkpoint", "load_s")

@@ -5,6 +5,7 @@
     ├── PreflightError        3   the run would not start here
     ├── DataError             4   a data file or row cannot be used
     ├── CheckpointError       5   a checkpoint or an export is missing or damaged
+    │   └── DiskError         5   a checkpoint cannot be written: no room, no permission, a broken disk
     ├── NumbersError          1   the loss or a gradient is not finite
     ├── RunStopped           75   stopped early, resumable
     └── WorkersFailed        its  another process failed, and says why itself
@@ -67,6 +68,12 @@ class CheckpointError(SftDistError):
 
     exit_code = 5
     kind = "checkpoint"
+
+
+class DiskError(CheckpointError):
+    """A checkpoint could not be written, or would not fit; the ones before it stay."""
+
+    kind = "disk"
 
 
 class NumbersError(SftDistError):

@@ -17,10 +17,10 @@ from sft_dist.config.schema import Config
 from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl, write_text
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
-from sft_dist.train.checkpoint import rotate, write_manifest
 from sft_dist.train.forecast import write_measurements
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks
+from sft_dist.train.saving import Saves
 from sft_dist.train.shutdown import StopRequest
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,11 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         config: Config,
         stop: StopRequest,
         progress: Progress,
-        facts: dict[str, Any],
+        saves: Saves,
         ranks: Ranks | None = None,
         mfu_per_speed: float | None = None,
     ) -> None:
-        self.run, self.config, self.stop, self.progress, self.facts = run, config, stop, progress, facts
+        self.run, self.config, self.stop, self.progress, self.saves = run, config, stop, progress, saves
         self.ranks = ranks or Ranks()
         self.mfu_per_speed = mfu_per_speed
         """Share of the GPU's peak for each token/s and GPU; None where it is not known."""
@@ -99,6 +99,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self._seconds += now - self._step_began
         self._step_seconds.append(now - self._step_began)
         self.progress.step(state.global_step)
+        self.saves.poll()
         asked = self.ranks.largest(self.stop.number)
         if asked and not control.should_training_stop:
             self.stopped_by = signal.Signals(asked).name
@@ -144,18 +145,16 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.progress.metrics(row)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete the checkpoint with its manifest; only then do older ones go."""
-        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
-        write_manifest(folder, state.global_step, self.facts, self.ranks)
-        if not self.ranks.is_main:
-            return
-        rotate(self.run, self.config.checkpoint.keep, self.config.checkpoint.milestone_steps)
-        self.run.write_status(checkpoint=folder.name)
+        """A row on how long the training stood still; the checkpoint counts once the rest of it is done."""
+        if self.ranks.is_main:
+            row = {"time": utc_now(), "step": state.global_step, "save_stall_s": round(self.saves.stall_s, 3)}
+            append_jsonl(self.run.metrics, row)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the last step on record."""
+        """Put the last step on record; the last checkpoint counts before it."""
+        self.saves.close()
         self.progress.end()
         peak = max(self.ranks.everyones(_peak_memory_gib()))
         if not self.ranks.is_main:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,14 @@ def settled(checkpoint: Path, ranks: Ranks, node_share: tuple[int, int] = (0, 1)
     }
 
 
-def seal(checkpoint: Path, step: int, facts: dict[str, Any], shares: Iterable[Entries]) -> None:
-    """Write the manifest of a checkpoint whose files are on the disk. Raises OSError."""
+def seal(checkpoint: Path, step: int, facts: dict[str, Any], shares: Iterable[Entries]) -> dict[str, Any]:
+    """Write the manifest of a checkpoint whose files are on the disk, and return it. Raises OSError."""
     sync_path(checkpoint.parent)
     together = {name: entry for share in shares for name, entry in share.items()}
     found = {"step": step, "written": utc_now(), **facts, "files": dict(sorted(together.items()))}
     write_json(checkpoint / MANIFEST, found)
     sync_path(checkpoint)
+    return found
 
 
 def damage(checkpoint: Path, ranks: Ranks | None = None) -> str | None:
@@ -187,7 +188,7 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(leaving)
 
 
-def size_of(manifest: dict[str, Any]) -> tuple[int, int]:
+def size_of(manifest: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes and number of the files that a manifest lists."""
     entries = manifest["files"].values()
     return sum(int(entry["bytes"]) for entry in entries), len(entries)

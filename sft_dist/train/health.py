@@ -36,7 +36,12 @@ class Health:
         # DeepSpeed's optimizer has stepped before a callback hears of the gradient, or has left the step out by itself.
         self.numbers.skip = self.numbers.skip and not by_engine
         self._first = [self.numbers, Stragglers(self.facts, ranks)]
-        self._last = [SaveGuard(self.numbers), Heartbeat(run, ranks)]
+        self._heartbeat = Heartbeat(run, ranks)
+        self._last = [SaveGuard(self.numbers), self._heartbeat]
+
+    def save_took(self, seconds: float) -> None:
+        """A save, from its first byte to where it counts, took so long: what a stop must be able to wait for."""
+        self._heartbeat.save_took(seconds)
 
     def around(self, callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
         """Those that add to a row of metrics before the one that writes it; those that see what is due after all others."""
@@ -111,19 +116,22 @@ class Heartbeat(TrainerCallback):  # type: ignore[misc]
             beating.beat()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The checkpoint is complete, its files hashed: this callback comes after the one that does so."""
-        seconds = time.monotonic() - self._saving
-        self._save_s = max(self._save_s, seconds)
-        beating = pulse()
-        if beating is not None:
-            beating.save_took(seconds)
+        """The files are written; what is left of the save goes on beside the training."""
         phase("data")
-        self._write()
+        self.save_took(time.monotonic() - self._saving)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         phase("publish")
+        self._write()
+
+    def save_took(self, seconds: float) -> None:
+        """Put on record how long a save took, in part or whole; the longest counts."""
+        self._save_s = max(self._save_s, seconds)
+        beating = pulse()
+        if beating is not None:
+            beating.save_took(seconds)
         self._write()
 
     def _note(self, seconds: float) -> None:

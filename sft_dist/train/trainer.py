@@ -17,7 +17,7 @@ from sft_dist.train import loss
 from sft_dist.train.adapter import save_adapter
 from sft_dist.train.optimizer import MasterWeightAdamW
 from sft_dist.train.rows import EpochOrder, begin_each_epoch_anew, filled, is_filling
-from sft_dist.train.step_facts import WatchedTrainer
+from sft_dist.train.saving import SavingTrainer, noted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sft_dist.data.prepare import Prepared
 
 
-class Trainer(WatchedTrainer):
+class Trainer(SavingTrainer):
     """SFTTrainer with the loss and its gradient computed in one pass, for trained positions only.
 
     TRL 1.16 scores every position where there is no Triton, computes the logits twice everywhere, and gathers four
@@ -69,6 +69,7 @@ class Trainer(WatchedTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL's card would go beside the checkpoints; ours is published with the model."""
 
+    @noted
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', but in a checkpoint only the adapter, or what a sharded plan's own files do not hold.
 
@@ -246,5 +247,4 @@ def build_trainer(
 def _rows_of_whole_steps(resolved: Resolved) -> int:
     """Rows that make a whole number of steps, and of micro batches on each process."""
     layout, micro = resolved.layout, resolved.per_device_train_batch_size
-    step = micro * resolved.gradient_accumulation_steps * layout.data_parallel_size
-    return math.lcm(step, micro * layout.world_size)
+    return micro * math.lcm(resolved.gradient_accumulation_steps * layout.data_parallel_size, layout.world_size)

@@ -24,7 +24,12 @@ from sft_dist.train.ranks import Ranks, tell_deepspeed
 from sft_dist.train.settle import as_main, record_refined
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from sft_dist.data.prepare import Prepared
+    from sft_dist.train.health import Health
+    from sft_dist.train.saving import Saves
     from sft_dist.train.tokenizer import RunTokenizer
 
 log = logging.getLogger(__name__)
@@ -37,13 +42,11 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     the first step.
     """
     config = resolved.config
-    from sft_dist.train.adapter import add_adapter
     from sft_dist.train.arguments import sft_config
     from sft_dist.train.attention import register
     from sft_dist.train.callbacks import CutAnew, RunRecorder, trackers
     from sft_dist.train.forecast import write_forecast
     from sft_dist.train.health import Health
-    from sft_dist.train.model import compile_layers, gather_by_layer, load_model
     from sft_dist.train.publish import publish_model
     from sft_dist.train.resume import resume_from
     from sft_dist.train.tokenizer import load_tokenizer
@@ -61,29 +64,26 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         # transformers asks for it when it loads: only the main process then reads the weights.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     health = Health(run, config, resolved, ranks)
+    saves = _saves(run, resolved, facts, ranks, health)
     # Before the model: from here on transformers knows that each process keeps a share of it only.
     arguments = sft_config(config, resolved, run, has_eval=prepared.eval is not None, resume=resume)
-    # Weights that an adapter leaves as they are need no float32 masters.
-    dtype = resolved.loading_dtype if config.model.lora is None else resolved.dtype
-    model = load_model(config.model, tokens, dtype, resolved.attn_implementation, ranks)
-    if resolved.plan == "zero3":
-        gather_by_layer(model)
-    if resolved.compile_layers:
-        compile_layers(model)
-    if config.model.lora is not None:
-        model = add_adapter(model, config.model, tokens, plan=resolved.plan, seed=config.run.seed)
+    model = _model(resolved, tokens, ranks)
     rows = prepared.ledger["train"]
     forecast = write_forecast(run, config, resolved, this_machine(), rows) if ranks.is_main else None
     progress = Progress(silent=not ranks.is_main)
-    recorder = RunRecorder(run, config, current.stop, progress, facts, ranks, forecast)
+    recorder = RunRecorder(run, config, current.stop, progress, saves, ranks, forecast)
     cut = [CutAnew(resume.checkpoint, ranks)] if resume is not None and resume.universal else []
     callbacks = health.around([recorder, *(trackers(config, run) if ranks.is_main else ()), *cut])
     trainer = health.attend(build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks))
+    trainer.saves = saves
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))
         except ValueError as error:
             raise _disagreement(error) from None
+        except Exception:
+            saves.leave()
+            raise
         finally:
             progress.end()
             step = trainer.state.global_step
@@ -95,6 +95,39 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         publish_model(run, config, resolved, trainer, tokens, ranks)
     if ranks.largest(current.stop.number):  # asked during the last step or the publishing: both are done
         raise RunStopped("stopped after the last step; the model is complete")
+
+
+def _saves(run: RunDir, resolved: Resolved, facts: dict[str, Any], ranks: Ranks, health: Health) -> Saves:
+    """The saves of the training, once it is known that the first one would fit: not after hours. DiskError if not."""
+    from sft_dist.train.disk import agree_on_room, expected, shortage
+    from sft_dist.train.saving import Saves
+
+    config = resolved.config.checkpoint
+    need = ranks.by_main(lambda: expected(run, resolved.config, resolved))
+    why = None if need is None else shortage(run.checkpoints, need, quotas=ranks.is_main)
+    if config.save_strategy != "no":
+        agree_on_room(run, "a checkpoint", why, ranks)
+    elif why is not None:
+        log.warning("a checkpoint, which a stop would save, %s", why)
+    return Saves(run, config, facts, ranks, need, health.save_took)
+
+
+def _model(resolved: Resolved, tokens: RunTokenizer, ranks: Ranks) -> PreTrainedModel | PeftModel:
+    """The model to train, as the plan's engine wants it."""
+    from sft_dist.train.adapter import add_adapter
+    from sft_dist.train.model import compile_layers, gather_by_layer, load_model
+
+    config = resolved.config
+    # Weights that an adapter leaves as they are need no float32 masters.
+    dtype = resolved.loading_dtype if config.model.lora is None else resolved.dtype
+    model = load_model(config.model, tokens, dtype, resolved.attn_implementation, ranks)
+    if resolved.plan == "zero3":
+        gather_by_layer(model)
+    if resolved.compile_layers:
+        compile_layers(model)
+    if config.model.lora is not None:
+        return add_adapter(model, config.model, tokens, plan=resolved.plan, seed=config.run.seed)
+    return model
 
 
 def _disagreement(error: ValueError) -> Exception:

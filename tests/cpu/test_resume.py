@@ -263,13 +263,11 @@ def test_a_stop_saves_once_and_does_not_evaluate(
     new_run: NewRun, signal_at: SignalAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time between a cluster's warning and its kill is short: nothing but one save may use it."""
-    from sft_dist.train import callbacks
+    from sft_dist.train import saving
 
     manifests: list[str] = []
-    write = callbacks.write_manifest
-    monkeypatch.setattr(
-        callbacks, "write_manifest", lambda folder, *rest: (manifests.append(folder.name), write(folder, *rest))
-    )
+    seal = saving.seal
+    monkeypatch.setattr(saving, "seal", lambda folder, *rest: (manifests.append(folder.name), seal(folder, *rest))[1])
     epochs = ("checkpoint.save_strategy=epoch", "train.eval_strategy=epoch", "data.eval_size=8", "data.train.sample=32")
     run = new_run(*SMALL, *epochs)
     signal_at(1, TERM)

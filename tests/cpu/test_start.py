@@ -119,10 +119,14 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     from sft_dist.config.schema import Config
     from sft_dist.train import callbacks
     from sft_dist.train.progress import Progress
+    from sft_dist.train.ranks import Ranks
+    from sft_dist.train.saving import Saves
     from sft_dist.train.shutdown import StopRequest
 
     clock = iter([0.0, 2.0, 100.0, 103.0]).__next__
-    recorder = callbacks.RunRecorder(RunDir(tmp_path), Config(), StopRequest(), Progress(), {})
+    config = Config()
+    saves = Saves(RunDir(tmp_path), config.checkpoint, {}, Ranks())
+    recorder = callbacks.RunRecorder(RunDir(tmp_path), config, StopRequest(), Progress(), saves)
     state = SimpleNamespace(global_step=0, max_steps=2)
     control = SimpleNamespace(should_training_stop=False)
     recorder.on_train_begin(None, state, control)

@@ -1,10 +1,10 @@
-"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK][%STEP:RANK]... / 2x2 RUN_DIR...`.
+"""Train several runs one after the other in the same processes: `python many.py 2 RUN_DIR[@STEP:RANK][%STEP:RANK][!STEP:RANK]... / 2x2 RUN_DIR...`.
 
 Starting Python, torch and TRL takes longer than training a tiny model, so they are imported once, and the processes of a
 world (2, then 2 on each of 2 nodes) are forks of this one, with the environment that torchrun gives its workers. Between runs the
 state that accelerate and transformers keep in modules is put back to its start. With @STEP:RANK that one process gets a
 SIGTERM in this step; a run that is named again afterwards goes on. With %STEP:RANK that one process's loss is not a number in
-this step. A run that sft-dist refuses is left as it is, and the
+this step. With !STEP:RANK that one process finds the disk full when it saves at this step. A run that sft-dist refuses is left as it is, and the
 next one follows.
 
 DeepSpeed's tool for universal checkpoints is a fork as well, where the package starts a process of its own.
@@ -14,6 +14,8 @@ Beside what a worker writes, each run gets forwards.json: how often a decoder la
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import itertools
 import os
@@ -21,6 +23,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed  # noqa: F401
+import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from sft_dist.config.loader import load_run_config
@@ -36,7 +40,7 @@ from sft_dist.files import write_json
 from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.world import this_world
 from sft_dist.rundir import RunDir
-from sft_dist.train import arguments, callbacks, publish, trainer, universal  # noqa: F401
+from sft_dist.train import arguments, callbacks, publish, saving, trainer, universal  # noqa: F401
 from sft_dist.train.attempt import attempt, joined
 from sft_dist.train.ranks import Ranks, join, leave
 from sft_dist.train.settle import record_environment, resolve_here
@@ -96,6 +100,7 @@ def train_all(arms: list[str]) -> int:
     """What one process does: every run in turn."""
     universal.run_tool = fork_tool
     for argument in arms:
+        argument, _, full = argument.partition("!")
         rest, _, poison = argument.partition("%")
         folder, _, stop = rest.partition("@")
         forget()
@@ -108,6 +113,7 @@ def train_all(arms: list[str]) -> int:
         forwards = count_forwards()
         terminate_at(stop, ranks)
         poison_at(poison, ranks)
+        fill_disk_at(full, ranks)
         try:
             with attempt(run) if ranks.is_main else joined(run, reports=False) as current:
                 if ranks.is_main:
@@ -205,6 +211,30 @@ def poison_at(where: str, ranks: Ranks) -> None:
 
     compute_loss.plain = plain  # type: ignore[attr-defined]
     kind.compute_loss = compute_loss
+
+
+def fill_disk_at(where: str, ranks: Ranks) -> None:
+    """`where` is STEP:RANK, or nothing."""
+    kind = saving.Saves
+    plain = getattr(kind.save, "plain", kind.save)
+    step, _, rank = where.partition(":")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def save(self: Any, at: int) -> Iterator[None]:
+        write = torch.save
+        if where and (at, ranks.rank) == (int(step), int(rank)):
+            torch.save = refuse
+        try:
+            with plain(self, at):
+                yield
+        finally:
+            torch.save = write
+
+    save.plain = plain  # type: ignore[attr-defined]
+    kind.save = save
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ COMMON = (
 )
 ROWS_24, ROWS_32 = (f"data.train={{task: mix, rows: {rows}, seed: 1}}" for rows in (24, 32))
 DEEPSPEED = ("zero1", "zero2", "zero3")
+# Whole copies, and each way in which an engine writes shards.
+FULL = ("ddp", "zero2", "zero3", "fsdp2")
 OF_4 = {f"{plan}-of-4": plan for plan in DEEPSPEED}
 # Two processes of plans that DeepSpeed saves in its own way: name -> overrides.
 SPECIAL = {
@@ -97,11 +99,14 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
     made = {plan: make(plan, name) for plan, name in named.items()}
     made |= {name: tiny_run(folder, name, *COMMON, ROWS_24, *overrides) for name, overrides in SPECIAL.items()}
     stopped = {f"{plan}-stopped": make(f"{plan}-stopped", name) for plan, name in named.items()}
+    full = {f"{plan}-full": make(f"{plan}-full", named[plan]) for plan in FULL}
     alone = {"cpu": make("cpu", "auto"), "fsdp2-of-1": make("fsdp2-of-1", "fsdp2")}
     of_4 = {name: make(name, plan, ROWS_32) for name, plan in OF_4.items()}
     shared = {name: tiny_run(folder, name, *COMMON, ROWS_32, *SHARE) for name in ("shared", "shared-stopped")}
     # A run that is named twice is stopped by its second process at first, and goes on.
     twice = [arm for run in stopped.values() for arm in (f"{run.path}@{SAVED}:1", run.path)]
+    # Of these the second process finds the disk full at the last save; then they go on, too.
+    twice += [arm for run in full.values() for arm in (f"{run.path}!{STEPS}:1", run.path)]
     again = shared["shared-stopped"].path
     launch(
         {
@@ -125,7 +130,7 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
     for name, (_, processes, _) in {**MOVED, **REFUSED}.items():
         arms[processes].append(moved[name].path)
     launch(arms)
-    return {**made, **stopped, **moved}
+    return {**made, **stopped, **full, **moved}
 
 
 def rows(run: RunDir) -> list[tuple[int, float, float, int]]:
@@ -157,6 +162,35 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, RunDir], plan: str) -
     mine, theirs = weights(run), weights(straight)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("plan", FULL)
+def test_one_full_disk_ends_all_processes_and_the_older_checkpoint_goes_on(runs: dict[str, RunDir], plan: str) -> None:
+    straight, run = runs[plan], runs[f"{plan}-full"]
+    first, second = read_jsonl(run.attempts)
+    assert (first["ended"], first["last_step"]) == ("failed", STEPS)
+    assert f"checkpoint-{STEPS} could not be written and does not count: rank 1 (" in first["reason"]
+    assert first["reason"].endswith("OSError: [Errno 28] No space left on device")
+    assert (second["ended"], second["first_step"], second["last_step"]) == ("done", SAVED, STEPS)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"checkpoint-{SAVED}", f"checkpoint-{STEPS}"]
+    assert rows(run) == rows(straight)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("harm", ["missing", "empty", "cut"])
+def test_a_harmed_file_of_any_kind_is_found(runs: dict[str, RunDir], tmp_path: Path, plan: str, harm: str) -> None:
+    folder = Path(shutil.copytree(runs[plan].checkpoints / f"checkpoint-{SAVED}", tmp_path / "checkpoint"))
+    names = [*read_json(folder / MANIFEST)["files"], MANIFEST]
+    assert len(names) >= 8
+    for name in names:
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if harm != "missing":
+            (folder / name).write_bytes(b"" if harm == "empty" else content[: len(content) // 2])
+        problem = damage(folder)
+        assert problem is not None and name in problem, f"{name}: {problem}"
+        (folder / name).write_bytes(content)
+    assert damage(folder) is None
 
 
 def test_what_is_auto_stays_what_the_checkpoint_was_trained_with(runs: dict[str, RunDir]) -> None:

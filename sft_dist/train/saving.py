@@ -1,0 +1,242 @@
+"""Saving a checkpoint: all processes write, agree that they did, and finish it in the background while training goes on.
+
+Room is looked for first. What a process cannot write it notes, and goes on to where the others wait for it; only then do
+all of them fail, together. Syncing and hashing need no model: threads do it. The manifest, which makes the checkpoint
+count, follows at the end of the first step at which every process is through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_dist.config.schema import CheckpointConfig
+from sft_dist.errors import DiskError, SftDistError
+from sft_dist.rundir import RunDir
+from sft_dist.train.checkpoint import MANIFEST, Entries, rotate, seal, settled
+from sft_dist.train.disk import Need, agree_on_room, agree_on_writing, is_of_disk, shortage
+from sft_dist.train.heartbeat import phase
+from sft_dist.train.ranks import Ranks
+from sft_dist.train.step_facts import WatchedTrainer
+
+log = logging.getLogger(__name__)
+# The folders that each process makes for a plan's engine: the main one makes them before, so that none fails alone.
+FOLDERS = {"fsdp2": ("pytorch_model_fsdp_0", "optimizer_0")}
+
+
+@dataclass
+class _Pending:
+    """A checkpoint whose files are written."""
+
+    folder: Path
+    step: int
+    written_s: float
+    entries: Entries = field(default_factory=dict)
+    error: Exception | None = None
+    settled_s: float = 0.0
+
+
+class Saves:
+    """The saves of one training; every process has one and calls each method at the same point."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: CheckpointConfig,
+        facts: dict[str, Any],
+        ranks: Ranks,
+        need: Need | None = None,
+        took: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.run, self.config, self.facts, self.ranks, self.need = run, config, facts, ranks, need
+        self.took = took
+        """Hears how long a save was from its first byte to where it counts, in seconds."""
+        self.saving = False
+        self.stall_s = 0.0
+        """How long the last save kept the training waiting, with what was left of the one before."""
+        self._failed: Exception | None = None
+        self._pending: tuple[_Pending, threading.Thread] | None = None
+        self._sweeper: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def save(self, step: int) -> Iterator[None]:
+        """Around the writing of checkpoint-`step`. DiskError on every process if one cannot write, or there is no room."""
+        called = time.monotonic()
+        self.close()
+        began = time.monotonic()
+        folder = self.run.checkpoints / f"checkpoint-{step}"
+        self._prepare(folder)
+        self.saving = True
+        try:
+            with self.noting():
+                yield
+        finally:
+            self.saving = False
+        failed, self._failed = self._failed, None
+        agree_on_writing(self.run, folder, failed, self.ranks)
+        pending = _Pending(folder, step, time.monotonic() - began)
+        thread = threading.Thread(target=self._settle, args=(pending,), name="checkpoint", daemon=True)
+        self._pending = pending, thread
+        thread.start()
+        self.stall_s = time.monotonic() - called
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """What cannot be written in this block is noted, and the process goes on to where the others wait for it."""
+        try:
+            yield
+        except SftDistError:
+            raise
+        except Exception as error:
+            self._failed = self._failed or error
+        except BaseException as error:
+            # torch.distributed.checkpoint.CheckpointException, no Exception: on all processes what some of them met.
+            failures = getattr(error, "failures", None)
+            if not isinstance(failures, dict):
+                raise
+            mine = failures.get(self.ranks.rank, (None,))[0]
+            self._failed = self._failed or (mine if isinstance(mine, Exception) else None)
+
+    def poll(self) -> None:
+        """At the end of a step: the checkpoint before counts once every process has finished its share."""
+        if self._pending is not None and not self.ranks.largest(int(self._pending[1].is_alive())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint before counts. DiskError on every process if one could not finish it."""
+        if self._pending is None:
+            return
+        (pending, thread), self._pending = self._pending, None
+        if thread.is_alive():
+            phase("save")
+        thread.join()
+        agree_on_writing(self.run, pending.folder, pending.error, self.ranks)
+        found = self.ranks.everyones((pending.entries, pending.settled_s))
+        settled_s = max(seconds for _, seconds in found)
+        timed = {"written_s": round(pending.written_s, 3), "settled_s": round(settled_s, 3)}
+        failed: OSError | None = None
+        if self.ranks.is_main:
+            try:
+                facts, shares = {**self.facts, "timed": timed}, [entries for entries, _ in found]
+                self.need = Need.after(seal(pending.folder, pending.step, facts, shares))
+            except OSError as error:
+                failed = error
+        agree_on_writing(self.run, pending.folder, failed, self.ranks)
+        self.need = self.ranks.by_main(lambda: self.need)
+        self.took(pending.written_s + settled_s)
+        if self.ranks.is_main:
+            self.run.write_status(checkpoint=pending.folder.name)
+            self._sweeper = threading.Thread(target=self._rotate, name="rotation", daemon=True)
+            self._sweeper.start()
+
+    def close(self) -> None:
+        """Wait until nothing is left in the background."""
+        self.finish()
+        if self._sweeper is not None:
+            self._sweeper.join()
+            self._sweeper = None
+
+    def leave(self) -> None:
+        """The training is over, perhaps by an error. A process that is alone can still finish what it has written."""
+        if self.ranks.size == 1:
+            with contextlib.suppress(Exception):
+                self.close()
+
+    def _prepare(self, folder: Path) -> None:
+        """Look for room, as every host sees it, and make the folders."""
+        why: str | None = None
+        failed: OSError | None = None
+        try:
+            if self.need is not None:
+                why = shortage(folder.parent, self.need, quotas=self.ranks.is_main)
+            if self.ranks.is_main and why is None:
+                (folder / MANIFEST).unlink(missing_ok=True)  # what is written over does not count meanwhile
+                for name in ("", *FOLDERS.get(str(self.facts.get("plan")), ())):
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            failed = error
+        agree_on_room(self.run, folder.name, why, self.ranks)
+        agree_on_writing(self.run, folder, failed, self.ranks)
+
+    def _settle(self, pending: _Pending) -> None:
+        """In a thread: this process's share of syncing and hashing."""
+        began = time.monotonic()
+        alone, told = self.ranks.size == 1, os.environ.get
+        node_share = (0, 1) if alone else (int(told("LOCAL_RANK", 0)), int(told("LOCAL_WORLD_SIZE", 1)))
+        try:
+            pending.entries = settled(pending.folder, self.ranks, node_share)
+        except Exception as error:
+            pending.error = error
+        pending.settled_s = time.monotonic() - began
+
+    def _rotate(self) -> None:
+        """In a thread: removing a large checkpoint takes its time."""
+        try:
+            rotate(self.run, self.config.keep, self.config.milestone_steps)
+        except OSError as error:
+            log.warning("an old checkpoint could not be removed: %s", error)
+
+
+def noted(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of a trainer, part of a save: what it cannot write is noted."""
+
+    @functools.wraps(method)
+    def part(self: SavingTrainer, *args: Any, **kwargs: Any) -> Any:
+        with self.saves.noting() if self.saves is not None and self.saves.saving else contextlib.nullcontext():
+            return method(self, *args, **kwargs)
+
+    return part
+
+
+class SavingTrainer(WatchedTrainer):
+    """A trainer whose saves go through `saves`."""
+
+    saves: Saves | None = None
+    _save_scaler = noted(WatchedTrainer._save_scaler)
+    _save_rng_state = noted(WatchedTrainer._save_rng_state)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.saves.save(self.state.global_step) if self.saves is not None else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
+
+    @noted
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled and self.saves is not None:
+            note_in_engine(self.model_wrapped, self.saves)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+def note_in_engine(engine: Any, saves: Saves) -> None:
+    """Let DeepSpeed's engine come to its barriers whatever a process could not write; once for each engine."""
+    writer = engine.checkpoint_engine
+    if writer.is_decoupled() or "save_checkpoint" in vars(engine):
+        return
+    plain = engine.save_checkpoint
+
+    def noting(method: Callable[..., Any]) -> Callable[..., None]:
+        def part(*args: Any, **kwargs: Any) -> None:
+            with saves.noting():
+                method(*args, **kwargs)
+
+        return part
+
+    def save_checkpoint(folder: str, exclude_frozen_parameters: bool = False) -> None:
+        try:
+            plain(folder, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+        except Exception as error:  # the others may be waiting in the engine: this process cannot go on with them
+            if is_of_disk(error):
+                raise DiskError(f"a checkpoint could not be written: {error}") from error
+            raise
+        if saves.ranks.is_main:
+            (Path(folder) / "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
+
+    writer.save, engine._copy_recovery_script = noting(writer.save), noting(engine._copy_recovery_script)
+    engine.save_checkpoint = save_checkpoint
