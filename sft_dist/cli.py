@@ -14,7 +14,7 @@ import typer
 from sft_dist.cli_data import TAKES_OVERRIDES, ConfigArgument, Overrides, data_app, load
 from sft_dist.cli_jobs import register
 from sft_dist.cli_plan import plan
-from sft_dist.cli_submit import submit
+from sft_dist.cli_submit import AcceptFlag, submit
 from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
 from sft_dist.logs import log_to_stderr
 
@@ -143,15 +143,12 @@ def train(
 
 
 @app.command()
-def resume(run: RunArgument) -> None:
+def resume(run: RunArgument, accept: AcceptFlag = False) -> None:
     """Go on with a stopped or failed run, from its newest complete checkpoint. Example: sft-dist resume demo"""
-    from sft_dist.rundir import find_run
+    from sft_dist.cli_runs import ready_here
     from sft_dist.stages import run_here
 
-    found = find_run(run)
-    if found.read_status().get("state") == "done" and (found.model / "DONE").is_file():
-        raise ConfigError(f"run {found.name} is done", hint=f"see it with: sft-dist report {run}")
-    found.cancelled.unlink(missing_ok=True)
+    found = ready_here(run, accept=accept)
     run_here(found)
     _show_result(found)
 

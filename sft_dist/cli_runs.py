@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def made_run(source: str, overrides: Sequence[str], *, overwrite: bool, local: bool = False) -> tuple[RunDir, Config]:
-    """The run to submit: a new one of a config, or the stopped one that `source` names."""
+def made_run(
+    source: str, overrides: Sequence[str], *, overwrite: bool, local: bool = False, accept: bool = False
+) -> tuple[RunDir, Config]:
+    """The run to submit: a new one of a config, or the stopped one that `source` names; with `accept` on changed data too."""
+    from sft_dist.train.resume import accept_change
+
     run = existing(source)
     if run is not None:
-        return run, _proven_again(run, ready_again(run, overrides))
+        config = _proven_again(run, ready_again(run, overrides))
+        if accept:
+            accept_change(run)
+        return run, config
+    if accept:
+        raise ConfigError(f"--accept-change is for a run that goes on, and {source} is none")
     return new_run(load(source, list(overrides)), overwrite=overwrite, local=local)
 
 
@@ -85,6 +94,20 @@ def existing(source: str) -> RunDir | None:
         return find_run(source)
     except ConfigError:
         return None  # the loader says what there is
+
+
+def ready_here(name: str, *, accept: bool) -> RunDir:
+    """The run to resume on this machine; with `accept` on changed data too. Raises ConfigError if it is done."""
+    from sft_dist.rundir import find_run
+    from sft_dist.train.resume import accept_change
+
+    run = find_run(name)
+    if run.read_status().get("state") == "done" and (run.model / "DONE").is_file():
+        raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {name}")
+    run.cancelled.unlink(missing_ok=True)
+    if accept:
+        accept_change(run)
+    return run
 
 
 def ready_again(run: RunDir, overrides: Sequence[str]) -> Config:

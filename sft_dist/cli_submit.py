@@ -26,6 +26,11 @@ FOLLOW_S = 2.0
 # A job that the queue no longer knows may still be writing its last words to a slow file system.
 GONE_S = 20.0
 
+AcceptFlag = Annotated[
+    bool,
+    typer.Option("--accept-change", help="Go on although data, template, packing or global batch are others now."),
+]
+
 
 def submit(
     configs: Annotated[
@@ -43,6 +48,7 @@ def submit(
         bool, typer.Option("--chain", help="Three jobs: ask before on one node, train, ask after on one node.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete existing runs of these names first.")] = False,
+    accept: AcceptFlag = False,
 ) -> None:
     """Run on SLURM through submitit, or go on with a stopped run. Example: sft-dist submit my.yaml slurm.nodes=2"""
     from sft_dist.jobs.submit import dry_script, job_numbers, slurm_folder
@@ -69,7 +75,8 @@ def submit(
         submitted += [(part.run, number) for part, number in zip(parts, ids, strict=True)]
     for source in sources if not array else []:
         previous = numbers
-        for part in _parts(made_run(source, overrides, overwrite=overwrite, local=local), chain=chain):
+        made = made_run(source, overrides, overwrite=overwrite, local=local, accept=accept)
+        for part in _parts(made, chain=chain):
             previous = hand_over([part], folder=slurm_folder(part.run), after=previous, local=local)
             submitted.append((part.run, previous[0]))
     for run, number in submitted:

@@ -143,11 +143,12 @@ def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | Non
         train(run, current, resolved, Ranks())
         return
     from sft_dist.jobs.launcher import run_workers
+    from sft_dist.train.attempt import OUTCOME
 
     with current.stop.deferred():
         status = run_workers(run, resolved, current.stop.heard, place)
     ended = run.read_status()
-    current.facts.update({name: ended[name] for name in ("first_step", "last_step") if ended.get(name) is not None})
+    current.facts.update({name: ended[name] for name in OUTCOME[1:] if ended.get(name) is not None})
     if ended.get("state") == "failed":
         raise failure(str(ended["reason"]), ended.get("exit_status") or 1)
     if ended.get("state") == "stopped" and (status == 0 or current.stop.heard):

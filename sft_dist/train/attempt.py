@@ -16,7 +16,7 @@ from sft_dist.train.ranks import MainFailed
 from sft_dist.train.shutdown import StopRequest
 
 # What workers leave in status.json for the launcher that keeps the record.
-OUTCOME = ("exit_status", "first_step", "last_step")
+OUTCOME = ("exit_status", "first_step", "last_step", "accepted_change")
 
 
 class Settle(Protocol):
@@ -39,7 +39,7 @@ class Attempt:
 
     stop: StopRequest
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the training adds to the line in attempts.jsonl: first_step, last_step."""
+    """What the training adds to the line in attempts.jsonl: first_step, last_step, accepted_change."""
     complete: bool = True
     """Whether nothing of the run is left to do once this has ended well; a chain of jobs does a part in each."""
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import CheckpointError
-from sft_dist.files import read_json
+from sft_dist.files import read_json, utc_now, write_json
 from sft_dist.parallel.decide import WHOLE
+from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
 from sft_dist.train.checkpoint import MANIFEST, newest_complete
+from sft_dist.train.environment import versions
 from sft_dist.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -20,6 +25,32 @@ log = logging.getLogger(__name__)
 # Plans whose checkpoints mean the same, as those of WHOLE do: DeepSpeed's shards, which its universal checkpoints make of
 # each other's.
 DEEPSPEED = ("zero1", "zero2", "zero3")
+# What a checkpoint's files do not depend on, but what its run is: refused unless the user accepts it.
+OF_RUN = ("data", "template", "packing", "global_batch_size")
+# What its files mean: nothing could load them otherwise.
+OF_FILES = ("dtype", "plan")
+# In the run directory: `--accept-change` was given; once used, what was accepted.
+ACCEPTED = "accepted_change.json"
+
+
+def run_facts(resolved: Resolved, data: str, template: str) -> dict[str, Any]:
+    """What a manifest says of how its checkpoint was trained: `data` is the hash of the rows, `template` the text."""
+    config = resolved.config
+    unused = {"deepspeed": resolved.layout.plan.engine == "deepspeed", "peft": config.model.lora is not None}
+    return {
+        **resolved.facts(),
+        "data": data,
+        "template": _hash(template),
+        "packing": False,  # each row is a sequence of its own, whatever the attention kernel joins
+        "global_batch_size": config.train.global_batch_size,
+        "config": _hash(json.dumps(config.model_dump(mode="json"), sort_keys=True)),
+        "versions": {name: number for name, number in versions().items() if unused.get(name, True)},
+    }
+
+
+def accept_change(run: RunDir) -> None:
+    """Let the next attempt go on although the data, the template, packing or the global batch are others now."""
+    write_json(run.path / ACCEPTED, {"time": utc_now(), "changed": None})
 
 
 @dataclass(frozen=True)
@@ -29,6 +60,8 @@ class Resume:
     checkpoint: Path
     universal: bool = False
     """Whether DeepSpeed must load the copy in it that was cut anew, instead of its own shards."""
+    accepted: Mapping[str, Any] | None = None
+    """What is not as it was, and was accepted: field -> [was, now]."""
 
 
 def resume_from(run: RunDir, facts: dict[str, Any], ranks: Ranks) -> Resume | None:
@@ -40,23 +73,26 @@ def resume_from(run: RunDir, facts: dict[str, Any], ranks: Ranks) -> Resume | No
     checkpoint, torn = newest_complete(run, ranks)
     for line in torn:
         log.warning("%s", line)
-    return None if checkpoint is None else ranks.by_main(lambda: _made_ready(checkpoint, facts))
+    return None if checkpoint is None else ranks.by_main(lambda: _made_ready(run, checkpoint, facts))
 
 
-def _made_ready(checkpoint: Path, facts: dict[str, Any]) -> Resume:
+def _made_ready(run: RunDir, checkpoint: Path, facts: dict[str, Any]) -> Resume:
     manifest = read_json(checkpoint / MANIFEST)
-    refuse_other_run(checkpoint.name, manifest, facts)
+    accepted = accepted_change(run, manifest, facts)
+    refuse_other_run(checkpoint.name, {**manifest, **{name: facts[name] for name in accepted or ()}}, facts)
+    if accepted:
+        log.warning("%s was trained with other %s; accepted: %s", checkpoint.name, " and ".join(accepted), accepted)
     refuse_uncuttable(checkpoint.name, manifest, facts)
     universal.discard(checkpoint)  # of an attempt that ended before it had loaded it
     if not cut_anew(manifest, facts):
         log.info("resuming from %s", checkpoint.name)
-        return Resume(checkpoint)
+        return Resume(checkpoint, accepted=accepted)
     universal.convert(checkpoint, was=manifest["plan"], now=facts["plan"], processes=facts["world_size"])
     log.info(
         "resuming from %s: shards of %s on %d processes, cut anew for %s on %d",
         *(checkpoint.name, manifest["plan"], manifest["world_size"], facts["plan"], facts["world_size"]),
     )
-    return Resume(checkpoint, universal=True)
+    return Resume(checkpoint, universal=True, accepted=accepted)
 
 
 def cut_anew(manifest: dict[str, Any], facts: dict[str, Any]) -> bool:
@@ -68,14 +104,38 @@ def cut_anew(manifest: dict[str, Any], facts: dict[str, Any]) -> bool:
     return manifest.get("plan") in DEEPSPEED and any(manifest.get(name) != facts[name] for name in names)
 
 
+def accepted_change(run: RunDir, manifest: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """What has changed since the checkpoint and was accepted, field -> [was, now]; None if nothing has, or it was not.
+
+    The first attempt after `--accept-change` puts down what it was for; attempts that start again from the same
+    checkpoint, after a requeue, need no new word, and another change does.
+    """
+    asked, changed = read_json(run.path / ACCEPTED), changed_fields(manifest, facts, OF_RUN)
+    if asked is None or not changed:
+        return None
+    if asked.get("changed") is None:
+        write_json(run.path / ACCEPTED, {"time": utc_now(), "step": manifest.get("step"), "changed": changed})
+        return changed
+    return changed if changed == asked["changed"] else None
+
+
+def changed_fields(manifest: Mapping[str, Any], facts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """field -> [was, now] of those that differ; what an older version did not put down counts as unchanged."""
+    known = [name for name in names if name in facts and (name in manifest or name in ("data", *OF_FILES))]
+    return {name: [manifest.get(name), facts[name]] for name in known if manifest.get(name) != facts[name]}
+
+
 def refuse_other_run(name: str, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
     """CheckpointError if the checkpoint's files mean something else to the plan, the data or the dtype of now."""
-    changed = [field for field in ("data", "dtype", "plan") if manifest.get(field) != facts[field]]
+    of_run, of_files = changed_fields(manifest, facts, OF_RUN), changed_fields(manifest, facts, OF_FILES)
     if any(manifest.get("plan") in alike and facts["plan"] in alike for alike in (WHOLE, DEEPSPEED)):
-        changed = [field for field in changed if field != "plan"]
+        of_files.pop("plan", None)
+    changed = {**of_run, **of_files}
     if changed:
-        was, now = [manifest.get(field) for field in changed], [facts[field] for field in changed]
+        was, now = ([pair[place] for pair in changed.values()] for place in (0, 1))
         hint = "restore what it was, or start a new run with run.name=ANOTHER_NAME"
+        if not of_files:
+            hint = "restore what it was, start a new run with run.name=ANOTHER_NAME, or resume with --accept-change"
         raise CheckpointError(f"{name} was trained with other {' and '.join(changed)}: {was}, now {now}", hint=hint)
 
 
@@ -125,3 +185,7 @@ def _told(values: dict[str, Any]) -> str:
         given.append(f"sequence_parallel_size={values['sequence_parallel_size']}")
         given.append(f"gradient accumulation {values['gradient_accumulation_steps']}")
     return f"{values['world_size']} process(es) of {', '.join([values['plan'], *given])}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -125,7 +125,8 @@ class Saves:
         failed: OSError | None = None
         if self.ranks.is_main:
             try:
-                facts, shares = {**self.facts, "timed": timed}, [entries for entries, _ in found]
+                samples = pending.step * int(self.facts.get("global_batch_size", 0))
+                facts, shares = {"samples": samples, **self.facts, "timed": timed}, [entries for entries, _ in found]
                 self.need = Need.after(seal(pending.folder, pending.step, facts, shares))
             except OSError as error:
                 failed = error

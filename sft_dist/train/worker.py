@@ -48,7 +48,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.forecast import write_forecast
     from sft_dist.train.health import Health
     from sft_dist.train.publish import publish_model
-    from sft_dist.train.resume import resume_from
+    from sft_dist.train.resume import resume_from, run_facts
     from sft_dist.train.tokenizer import load_tokenizer
     from sft_dist.train.trainer import build_trainer
 
@@ -56,8 +56,10 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, resolved, prepared.ledger, ranks)
-    facts = {**resolved.facts(), "data": prepared.ledger["key"]}
+    facts = run_facts(resolved, prepared.ledger["key"], tokens.template.training_text)
     resume = resume_from(run, facts, ranks)
+    if resume is not None and resume.accepted:
+        current.facts["accepted_change"] = resume.accepted
     if resolved.layout.plan.engine == "deepspeed":
         tell_deepspeed(use_cpu=resolved.use_cpu)
     if resolved.layout.plan.engine == "fsdp2":

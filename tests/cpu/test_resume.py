@@ -386,3 +386,44 @@ def test_a_resume_on_other_rows_is_refused(new_run: NewRun, signal_at: SignalAt,
         run_here(run)
     assert run.read_status()["state"] == "failed"
     assert len(list_checkpoints(run)) == 1, "the checkpoint of the other rows is gone"
+
+
+def test_other_rows_and_another_global_batch_go_on_when_the_user_accepts_it(
+    new_run: NewRun, call_cli: CallCli, signal_at: SignalAt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", *[GOOD] * 24)
+    run = new_run(*SMALL, f"data.train={rows}")
+    signal_at(2, TERM)
+    with pytest.raises(RunStopped):
+        run_here(run)
+    stopped = run.read_status()["step"]
+    key = read_json(run.ledger)["key"]
+    write_rows(rows, {**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": "No"}]}, *[GOOD] * 23)
+    run.config.write_text(run.config.read_text().replace("global_batch_size: 8", "global_batch_size: 16"))
+    assert call_cli("resume", run.path) == 5
+    told = capsys.readouterr().err
+    assert "trained with other data and global_batch_size" in told
+    assert "--accept-change" in told
+    assert call_cli("resume", run.path, "--accept-change") == 0
+    line = read_jsonl(run.attempts)[-1]
+    assert (line["ended"], line["first_step"]) == ("done", stopped)
+    assert line["accepted_change"] == {
+        "data": [key, read_json(run.ledger)["key"]],
+        "global_batch_size": [8, 16],
+    }
+    assert [step for step, _ in losses(run)] == list(range(1, 7)), "three epochs of 24 rows, 16 a step"
+
+
+def test_the_manifest_says_how_the_checkpoint_was_trained(new_run: NewRun) -> None:
+    import torch as installed
+
+    run = new_run(*SMALL, "checkpoint.save_strategy=steps", "checkpoint.save_steps=9")
+    run_here(run)
+    manifest = read_json(run.checkpoints / "checkpoint-9" / "MANIFEST.json")
+    wanted = {"step": 9, "samples": 72, "global_batch_size": 8, "packing": False, "plan": "cpu", "world_size": 1}
+    assert {name: manifest[name] for name in wanted} == wanted
+    assert manifest["data"] == read_json(run.ledger)["key"]
+    assert len(manifest["template"]) == len(manifest["config"]) == 20
+    assert manifest["versions"]["torch"] == installed.__version__
+    assert manifest["versions"].keys() >= {"sft-dist", "transformers", "trl", "accelerate"}
+    assert "deepspeed" not in manifest["versions"], "it took no part"

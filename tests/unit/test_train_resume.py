@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 
 from sft_dist.errors import CheckpointError
+from sft_dist.files import read_json
+from sft_dist.rundir import RunDir
 from sft_dist.train import universal
-from sft_dist.train.resume import cut_anew, refuse_other_run, refuse_uncuttable
+from sft_dist.train.resume import (
+    ACCEPTED,
+    accept_change,
+    accepted_change,
+    cut_anew,
+    refuse_other_run,
+    refuse_uncuttable,
+)
 
 FACTS: dict[str, Any] = {
     "plan": "zero2",
@@ -135,3 +144,35 @@ def test_what_an_attempt_left_half_made_is_removed(tmp_path: Path) -> None:
     universal.discard(tmp_path)
     universal.discard(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+OF_RUN: dict[str, Any] = {"template": "t1", "packing": False, "global_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"data": "xyz"}, {"template": "t2"}, {"packing": True}, {"global_batch_size": 16}], ids=str
+)
+def test_another_run_is_refused_unless_it_was_accepted(tmp_path: Path, changed: dict[str, Any]) -> None:
+    run, was, now = RunDir(tmp_path), facts(**OF_RUN), facts(**{**OF_RUN, **changed})
+    (name,) = changed
+    with pytest.raises(CheckpointError, match=f"trained with other {name}: ") as caught:
+        refuse_other_run("checkpoint-3", was, now)
+    assert str(caught.value).endswith("or resume with --accept-change")
+    assert accepted_change(run, was, now) is None, "nobody has said so"
+    accept_change(run)
+    assert accepted_change(run, was, now) == {name: [was[name], now[name]]}
+    assert accepted_change(run, was, now) is not None, "a requeued attempt starts from the same checkpoint again"
+    other = facts(**{**OF_RUN, **changed, "data": "another"})
+    assert accepted_change(run, was, other) is None, "what was accepted was something else"
+    assert read_json(run.path / ACCEPTED)["changed"] == {name: [was[name], now[name]]}
+
+
+def test_what_nothing_could_load_stays_refused(tmp_path: Path) -> None:
+    was, now = facts(**OF_RUN), facts("fsdp2", data="xyz", **OF_RUN)
+    with pytest.raises(CheckpointError, match="other data and plan: ") as caught:
+        refuse_other_run("checkpoint-3", was, now)
+    assert "--accept-change" not in str(caught.value)
+
+
+def test_a_checkpoint_of_an_older_version_that_says_less_is_not_refused_for_it() -> None:
+    refuse_other_run("checkpoint-3", facts(), facts(**OF_RUN))
