@@ -7,7 +7,7 @@ runs/NAME/
   plan/predicted.json, measured.json         what the planner said of GPU memory and time, and what it was; pace.json: seconds
   status.json  attempts.jsonl                state: queued|running|stopped|failed|done, step, reason; one line an attempt
   metrics.jsonl  data/ledger.json            one line a log event; rows and tokens in, dropped and why
-  checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last
+  checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last (docs/checkpoints.md)
   eval/held_out.jsonl                        the rows that both models are scored on: before.jsonl, after.jsonl, scores.json
   model/                                     final weights, tokenizer, model card, DONE
   model/adapter/                             of a LoRA run: the adapter, for peft; alone if model.lora.merge is false

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import socket
 import subprocess
@@ -46,6 +48,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def run_facts(resolved: Resolved, data: str, template: str) -> dict[str, Any]:
+    """What a manifest says of how its checkpoint was trained: `data` is the hash of the rows, `template` the text."""
+    config = resolved.config
+    unused = {"deepspeed": resolved.layout.plan.engine == "deepspeed", "peft": config.model.lora is not None}
+    return {
+        **resolved.facts(),
+        "data": data,
+        "template": _hash(template),
+        "packing": False,  # each row is a sequence of its own, whatever the attention kernel joins
+        "global_batch_size": config.train.global_batch_size,
+        "config": _hash(json.dumps(config.model_dump(mode="json"), sort_keys=True)),
+        "versions": {name: number for name, number in versions().items() if unused.get(name, True)},
+    }
+
+
 def _git() -> dict[str, str]:
     """Commit and state of the repository that the command was typed in, {} outside of one."""
     try:
@@ -56,3 +73,7 @@ def _git() -> dict[str, str]:
     if commit.returncode != 0:
         return {}
     return {"commit": commit.stdout.strip(), "changed_files": str(len(status.stdout.splitlines()))}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import fnmatch
+import functools
 import json
 import logging
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,9 @@ from typing import Any
 from sft_dist.errors import CheckpointError
 from sft_dist.files import read_json, utc_now, write_json
 from sft_dist.parallel.decide import WHOLE
-from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
-from sft_dist.train.checkpoint import MANIFEST, newest_complete
-from sft_dist.train.environment import versions
+from sft_dist.train.checkpoint import MANIFEST, newest_complete, set_aside
 from sft_dist.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -29,23 +29,17 @@ DEEPSPEED = ("zero1", "zero2", "zero3")
 OF_RUN = ("data", "template", "packing", "global_batch_size")
 # What its files mean: nothing could load them otherwise.
 OF_FILES = ("dtype", "plan")
+# Files that a resumed run does not load; what others hold at least.
+NOT_LOADED = (MANIFEST, "training_args.bin")
+HOLDS = {
+    "optimizer.pt": {"state", "param_groups"},
+    "scheduler.pt": {"last_epoch"},
+    "rng_state*.pth": {"python", "numpy", "cpu"},
+    "*_optim_states.pt": {"optimizer_state_dict"},
+    "*_model_states.pt": {"module"},
+}
 # In the run directory: `--accept-change` was given; once used, what was accepted.
 ACCEPTED = "accepted_change.json"
-
-
-def run_facts(resolved: Resolved, data: str, template: str) -> dict[str, Any]:
-    """What a manifest says of how its checkpoint was trained: `data` is the hash of the rows, `template` the text."""
-    config = resolved.config
-    unused = {"deepspeed": resolved.layout.plan.engine == "deepspeed", "peft": config.model.lora is not None}
-    return {
-        **resolved.facts(),
-        "data": data,
-        "template": _hash(template),
-        "packing": False,  # each row is a sequence of its own, whatever the attention kernel joins
-        "global_batch_size": config.train.global_batch_size,
-        "config": _hash(json.dumps(config.model_dump(mode="json"), sort_keys=True)),
-        "versions": {name: number for name, number in versions().items() if unused.get(name, True)},
-    }
 
 
 def accept_change(run: RunDir) -> None:
@@ -70,10 +64,60 @@ def resume_from(run: RunDir, facts: dict[str, Any], ranks: Ranks) -> Resume | No
     None if there is none. Every process must call it: they verify the files together, and the main one decides. Raises
     CheckpointError if it holds something else than the run of now needs.
     """
-    checkpoint, torn = newest_complete(run, ranks)
-    for line in torn:
-        log.warning("%s", line)
-    return None if checkpoint is None else ranks.by_main(lambda: _made_ready(run, checkpoint, facts))
+    while True:
+        checkpoint, torn = newest_complete(run, ranks)
+        problem = None if checkpoint is None else unreadable(checkpoint, ranks)
+        if checkpoint is not None and problem is not None:
+            torn.append(ranks.by_main(functools.partial(set_aside, checkpoint, problem)))
+        for line in torn:
+            log.warning("%s", line)
+        if checkpoint is None:
+            return None
+        if problem is None:
+            return ranks.by_main(functools.partial(_made_ready, run, checkpoint, facts))
+
+
+def unreadable(checkpoint: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a file whose bytes are those that were written, but which nothing can read; None if none is.
+
+    Opens each file as the trainer and the engine will, before there is an engine that could be left half loaded; tensors
+    are mapped, not read. Every process must call it: each opens a share, and all learn the answer.
+    """
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_LOADED)
+    found = None
+    for path in files[ranks.rank :: ranks.size]:
+        try:
+            _open(path, checkpoint)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever pickles, tensors and archives raise
+            first = (str(error).splitlines() or [""])[0][:200]
+            found = f"{path.relative_to(checkpoint)} cannot be loaded: {type(error).__name__}: {first}"
+            break
+    return next((it for it in ranks.everyones(found) if it is not None), None)
+
+
+def _open(path: Path, checkpoint: Path) -> None:
+    """Raises what the library that reads this kind of file raises, or ValueError for one that holds something else."""
+    import torch
+    from safetensors import safe_open
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "trainer_state.json" and f"checkpoint-{content['global_step']}" != checkpoint.name:
+            raise ValueError(f"it is of step {content['global_step']}")
+    elif path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as tensors:
+            tensors.keys()
+    elif path.name == ".metadata":
+        FileSystemReader(path.parent).read_metadata()
+    elif path.suffix in (".pt", ".pth"):
+        # Written by this run: as DeepSpeed and transformers read it.
+        content = torch.load(path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(path))
+        wanted = next((keys for pattern, keys in HOLDS.items() if fnmatch.fnmatch(path.name, pattern)), set())
+        if not isinstance(content, dict) or wanted - content.keys():
+            raise ValueError(f"it does not hold {', '.join(sorted(wanted))}")
 
 
 def _made_ready(run: RunDir, checkpoint: Path, facts: dict[str, Any]) -> Resume:
@@ -185,7 +229,3 @@ def _told(values: dict[str, Any]) -> str:
         given.append(f"sequence_parallel_size={values['sequence_parallel_size']}")
         given.append(f"gradient accumulation {values['gradient_accumulation_steps']}")
     return f"{values['world_size']} process(es) of {', '.join([values['plan'], *given])}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -45,10 +45,11 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     from sft_dist.train.arguments import sft_config
     from sft_dist.train.attention import register
     from sft_dist.train.callbacks import CutAnew, RunRecorder, trackers
+    from sft_dist.train.environment import run_facts
     from sft_dist.train.forecast import write_forecast
     from sft_dist.train.health import Health
     from sft_dist.train.publish import publish_model
-    from sft_dist.train.resume import resume_from, run_facts
+    from sft_dist.train.resume import resume_from
     from sft_dist.train.tokenizer import load_tokenizer
     from sft_dist.train.trainer import build_trainer
 
