@@ -214,7 +214,8 @@ def _options(options: Mapping[str, Any], example: Example) -> Iterator[str]:
 
 def _environment() -> Iterator[str]:
     """As the script and the tasks of `submit` set it."""
-    yield "# srun of SLURM 22.05 to 23.02 forgets --cpus-per-task: a task would have one CPU."
+    yield "# srun of SLURM 22.05 to 23.02 forgets --cpus-per-task: a task would have one CPU. After sbatch --export=NONE it would"
+    yield "# give the tasks nothing of what is set here."
     yield from setup_lines(SlurmConfig())
     yield from OFFLINE_WHY.splitlines()
     yield "export " + " ".join(f"{name}=1" for name in OFFLINE)

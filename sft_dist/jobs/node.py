@@ -9,6 +9,7 @@ submitit's own handlers are replaced: they requeue without a save, and ignore SI
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -52,6 +53,9 @@ class NodeJob:
         os.environ.update(job_environment(self.spec, os.environ))
         place = find_place(self.spec, os.environ)
         os.environ[PLACE] = place.to_text()
+        if place.task == 0 and place.marker:
+            with contextlib.suppress(OSError):  # a full disk is for the run to say
+                Path(f"{place.marker}.begun").touch()
         # SystemExit, so that submitit leaves no result: a later look would take it for the end of a requeued job.
         sys.exit(_lead(place, heard) if place.task == 0 else _follow(place, heard))
 
@@ -115,7 +119,8 @@ def _follow(place: Place, heard: list[int]) -> int:
     if started and not board.said("end"):
         share = Workers(int(started[-1]["processes"]), started[-1].get("threads"))
         status = run_share(run, share, heard, place)
-        asked = bool(heard) and status == 128 + signal.SIGTERM  # the agent was hit by the signal, too
+        # The agent was hit by the signal, too, before it had a handler or after.
+        asked = bool(heard) and status in (128 + signal.SIGTERM, -signal.SIGTERM)
         if status != 0 and not asked and not board.said("end"):
             if run.read_status().get("state") != "failed":
                 reason = f"the processes on {place.nodes[place.node]} ended with exit status {status}"

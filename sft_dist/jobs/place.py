@@ -24,7 +24,7 @@ class Place:
     """One task of a job."""
 
     job: str
-    """SLURM's number of the job, or that of submitit's local one."""
+    """SLURM's number of the job, ARRAY_TASK in an array, or that of submitit's local one."""
     restart: int
     """How often the job was requeued before."""
     nodes: tuple[str, ...]
@@ -75,7 +75,10 @@ def find_place(spec: Mapping[str, Any], env: Mapping[str, str]) -> Place:
         job = env.get("SUBMITIT_LOCAL_JOB_ID", "0")
         task, tasks = int(env.get("SUBMITIT_LOCAL_GLOBALID", "0")), int(env.get("SUBMITIT_LOCAL_NTASKS", "1"))
         return Place(job, 0, ("localhost",), 0, task, tasks, "127.0.0.1", port(job, 0), run, parts=parts)
-    job, restart = env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", "0"))
+    number, restart = env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", "0"))
+    # The number of an array's last task is that of the whole array: asked by that, SLURM would speak of all tasks.
+    array, of_array = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{of_array}" if array and of_array else number
     nodes = expand_nodes(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env["SLURM_NODELIST"])
     return Place(
         job=job,
@@ -88,7 +91,7 @@ def find_place(spec: Mapping[str, Any], env: Mapping[str, str]) -> Place:
         port=port(job, restart),
         run=run,
         requeues=int(spec.get("max_requeues", 0)),
-        marker=f"{spec['folder']}/requeue.{job}.{restart}",
+        marker=f"{spec['folder']}/requeue.{number}.{restart}",
         parts=parts,
     )
 

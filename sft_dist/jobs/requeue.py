@@ -74,10 +74,8 @@ class Settler:
 def job_facts(place: Place) -> dict[str, Any]:
     """What the record of an attempt says about its job; an array's task has SLURM's number for it, too."""
     facts: dict[str, Any] = {"job_id": place.job, "restart": place.restart, "nodes": list(place.nodes)}
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        facts["job_id"], facts["slurm_job_id"] = f"{array}_{task}", place.job
-    return facts
+    number = os.environ.get("SLURM_JOB_ID")
+    return {**facts, "slurm_job_id": number} if "_" in place.job and number else facts
 
 
 def judge_done(*, complete: bool) -> Verdict:

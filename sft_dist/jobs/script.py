@@ -35,7 +35,7 @@ def sbatch_options(
         "ntasks_per_node": tasks_per_node,
         "signal_delay_s": slurm.signal_delay_s,
         "setup": setup_lines(slurm),
-        "teardown": teardown_lines(folder),
+        "teardown": teardown_lines(folder, slurm.max_requeues),
         # A task that fails takes the others with it; one that has left does not keep them.
         "srun_args": ["--kill-on-bad-exit=1", f"--wait={WAIT_S}"],
     }
@@ -47,9 +47,10 @@ def sbatch_options(
         more["gpus-per-node"] = str(slurm.gpus_per_node)
     # Without it some clusters do not requeue a job whose node was lost.
     more["requeue" if slurm.max_requeues else "no-requeue"] = True
-    if after:
-        more |= {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
     more |= {name.strip("-").replace("_", "-"): value for name, value in slurm.extra.items()}
+    if after:
+        wanted = ["afterok:" + ":".join(after), *([str(more["dependency"])] if more.get("dependency") else [])]
+        more |= {"kill-on-invalid-dep": "yes", "dependency": ",".join(wanted)}
     return {**options, "additional_parameters": more}
 
 
@@ -72,30 +73,43 @@ def setup_lines(slurm: SlurmConfig) -> list[str]:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     # srun of SLURM 22.05 to 23.02 forgets --cpus-per-task: a task would have one CPU.
     lines.append('[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"')
+    # After sbatch --export=NONE, on some clusters the default, srun would give the tasks nothing of what is set here.
+    lines.append("export SLURM_EXPORT_ENV=ALL")
     for line in slurm.setup:
         lines += [*line.splitlines(), '[ "$?" = 0 ] || exit 1']
     return lines
 
 
-def teardown_lines(folder: Path) -> list[str]:
-    """Requeue if the job's first task left the marker in `folder`."""
-    return requeue_lines(f'{shlex.quote(str(folder))}/requeue."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"')
+def teardown_lines(folder: Path, max_requeues: int) -> list[str]:
+    """Requeue if the job's first task left the marker in `folder`, or never got as far as to hear a signal."""
+    marker = f'{shlex.quote(str(folder))}/requeue."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"'
+    return requeue_lines(marker, unheard=max_requeues)
 
 
-def requeue_lines(marker: str) -> list[str]:
+def requeue_lines(marker: str, unheard: int = 0) -> list[str]:
     """Requeue on the host, where there is an scontrol, if there is a `marker` (a word of shell) and nobody cancelled.
 
-    The marker is `marker_text`. Nodes can be excluded only once the job waits again, and until then SLURM is ending this
-    script: it stays for the moment that takes.
+    The marker is `marker_text`. Up to `unheard` times also if TERM or USR2 ended the step before the first task left
+    MARKER.begun: Python loads for a while on a network file system, and a preempted job that ends is not requeued by SLURM.
+
+    Nodes can be excluded only once the job waits again, and until then SLURM is ending this script: it stays for the moment
+    that takes.
     """
+    again = '[ -z "$run" ] || [ -e "$run/.cancelled" ] || again=yes'
+    early = f'[ -e "$marker.begun" ] || [ "${{SLURM_RESTART_COUNT:-0}}" -ge {unheard} ] || again=yes'
     return [
         "rc=$?",
         f"marker={marker}",
-        'run= exclude=; [ ! -e "$marker" ] || { IFS= read -r run; IFS= read -r exclude; } <"$marker"',
-        'if [ -n "$run" ] && [ ! -e "$run/.cancelled" ]; then',
+        'run= exclude= again=; [ ! -e "$marker" ] || { IFS= read -r run; IFS= read -r exclude; } <"$marker"',
+        again,
+        *([f'case "$rc" in 12 | 15 | 140 | 143) {early} ;; esac'] if unheard else []),
+        # The last task of an array has the array's number: requeued by that, all tasks would go, also those at work.
+        'job=$SLURM_JOB_ID; [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
+        'if [ -n "$again" ]; then',
         "  [ -z \"$exclude\" ] || trap '' TERM",
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        '  [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"',
+        # The controller may be restarting.
+        '  for pause in 5 15 40 0; do scontrol requeue "$job" && break; sleep "$pause"; done',
+        '  [ -z "$exclude" ] || scontrol update JobId="$job" ExcNodeList="$exclude"',
         "fi",
         'exit "$rc"',
     ]

@@ -54,6 +54,12 @@ def test_a_task_of_slurm() -> None:
     assert find_place(SPEC, {**ON_SLURM, "SLURM_RESTART_COUNT": "2"}).key == "41.2"
 
 
+def test_a_task_of_an_array_goes_by_the_name_that_is_its_own() -> None:
+    """The number of the last one is that of the whole array; its files and the marker are named as the script has it."""
+    place = find_place(SPEC, {**ON_SLURM, "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "2"})
+    assert (place.job, place.key, place.marker) == ("41_2", "41_2.0", "/r/x/slurm/requeue.41.0")
+
+
 def test_a_task_of_submitits_local_executor_is_alone_even_inside_a_job() -> None:
     env = {**ON_SLURM, "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "99", "SUBMITIT_LOCAL_NTASKS": "1"}
     place = find_place(SPEC, env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sft_dist.errors import ConfigError
 from sft_dist.jobs.script import marker_text, sbatch_options, script_text, setup_lines
 
 pytest.importorskip("submitit")
+
+Ended = Callable[..., "str | None"]
 
 HOSTILE = [
     "a b",
@@ -87,6 +90,28 @@ def test_folders_that_sbatch_misreads_are_refused(name: str, tmp_path: Path) -> 
         script(tmp_path / name)
 
 
+@pytest.fixture
+def ended(tmp_path: Path) -> Ended:
+    """`ended(folder, rc, script, **env)`: what scontrol was asked for by the script of a job whose srun ends with `rc`.
+
+    srun, scontrol and sleep are stand-ins; `script` is what scontrol does. None if it was not called.
+    """
+
+    def run(folder: Path, rc: int, scontrol: str = ":", slurm: Any = None, **env: str) -> str | None:
+        tools, asked = tmp_path / "bin", tmp_path / "asked"
+        tools.mkdir()
+        scripts = {"srun": f"exit {rc}", "scontrol": f"echo \"$@\" >> '{asked}'\n{scontrol}", "sleep": ":"}
+        for name, text in scripts.items():
+            (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tools / name).chmod(0o755)
+        job = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", **env}
+        text = script(folder, **(slurm or {}))
+        assert subprocess.run(["bash", "-c", text], env={**os.environ, **job}, check=False).returncode == rc
+        return asked.read_text() if asked.exists() else None
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("exclude", "cancelled", "asked_for"),
     [
@@ -100,27 +125,53 @@ def test_folders_that_sbatch_misreads_are_refused(name: str, tmp_path: Path) -> 
     ],
 )
 def test_the_script_requeues_by_the_marker(
-    tmp_path: Path, exclude: str | None, cancelled: bool, asked_for: str | None
+    tmp_path: Path, ended: Ended, exclude: str | None, cancelled: bool, asked_for: str | None
 ) -> None:
-    """srun and scontrol are stand-ins, the latter ending the script as SLURM does; the folder's name has a space."""
-    folder, tools, run = tmp_path / "a b", tmp_path / "bin", tmp_path / "my run"
-    for each in (folder, tools, run):
+    """The stand-in for scontrol ends the script as SLURM does; the folder's name has a space."""
+    folder, run = tmp_path / "a b", tmp_path / "my run"
+    for each in (folder, run):
         each.mkdir()
-    (tools / "srun").write_text("#!/bin/sh\nexit 3\n")
     end = "kill -TERM $PPID" if exclude and asked_for and "Exc" in asked_for else ":"
-    (tools / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/asked'\n{end}\n")
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
     if exclude is not None:
         (folder / "requeue.7.1").write_text(marker_text(str(run), exclude))
     if cancelled:
         (run / ".cancelled").touch()
-    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
-    done = subprocess.run(["bash", "-c", script(folder)], env=env, check=False)
-    assert done.returncode == 3
-    asked = tmp_path / "asked"
-    assert (asked.read_text() if asked.exists() else None) == asked_for
+    assert ended(folder, 3, end) == asked_for
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_only_its_own_task_of_an_array_is_requeued(tmp_path: Path, ended: Ended) -> None:
+    """The last task has the number of the array: `scontrol requeue 7` would end the others, too, and start those again
+    that are done."""
+    (tmp_path / "requeue.7.1").write_text(marker_text(str(tmp_path), "n2"))
+    asked = ended(tmp_path, 3, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert asked == "requeue 7_2\nupdate JobId=7_2 ExcNodeList=n2\n"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path, ended: Ended) -> None:
+    (tmp_path / "requeue.7.1").write_text(marker_text(str(tmp_path)))
+    answer = f"[ $(wc -l < '{tmp_path}/asked') = 3 ]"
+    assert ended(tmp_path, 3, answer) == "requeue 7\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("rc", "begun", "slurm", "requeued"),
+    [
+        (143, False, {}, True),
+        (15, False, {}, True),
+        (140, False, {}, True),
+        (143, True, {}, False),
+        (1, False, {}, False),
+        (143, False, {"max_requeues": 1}, False),
+        (143, False, {"max_requeues": 0}, False),
+    ],
+)
+def test_a_job_that_was_preempted_before_it_could_hear_it_is_requeued(
+    tmp_path: Path, ended: Ended, rc: int, begun: bool, slurm: Any, requeued: bool
+) -> None:
+    if begun:
+        (tmp_path / "requeue.7.1.begun").touch()
+    assert ended(tmp_path, rc, slurm=slurm) == ("requeue 7\n" if requeued else None)
 
 
 def test_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
@@ -129,3 +180,20 @@ def test_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
         ["bash", "-c", "\n".join([*lines, "echo went on"])], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_dependency_of_the_users_stands_beside_that_of_a_chain(tmp_path: Path) -> None:
+    options = sbatch_options(config(extra={"dependency": "singleton"}), tmp_path, after=["7", "8"])
+    assert options["additional_parameters"]["dependency"] == "afterok:7:8,singleton"
+    assert sbatch_options(config(), tmp_path, after=["7"])["additional_parameters"]["dependency"] == "afterok:7"
+
+
+def test_tasks_get_what_the_script_sets_also_after_export_none() -> None:
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([*setup_lines(config().slurm), "env"])],
+        env={"PATH": os.environ["PATH"], "SLURM_EXPORT_ENV": "NONE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "SLURM_EXPORT_ENV=ALL" in done.stdout.splitlines()
