@@ -106,6 +106,16 @@ def failure(message: str, exit_code: int) -> SftDistError:
     return error
 
 
+def stop_behind(error: BaseException) -> RunStopped | None:
+    """The stop that `error` is, or that it was raised from; None if there is none."""
+    seen: BaseException | None = error
+    for _ in range(20):
+        if seen is None or isinstance(seen, RunStopped):
+            return seen
+        seen = seen.__cause__
+    return None
+
+
 def exit_status(error: BaseException) -> int:
     """The exit status of a process that ends with `error`."""
     return error.exit_code if isinstance(error, SftDistError) else 1

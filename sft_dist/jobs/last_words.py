@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_dist.errors import RunStopped, SftDistError, WorkersFailed, exit_status
+from sft_dist.errors import RunStopped, SftDistError, WorkersFailed, exit_status, stop_behind
 from sft_dist.files import read_json, write_json
 from sft_dist.jobs.host_signs import kernel_lines, now
 from sft_dist.jobs.place import handed_place
@@ -26,12 +26,19 @@ KERNEL_S = 120.0
 
 @contextlib.contextmanager
 def leaving_words(run: RunDir | None, rank: int | None = None) -> Iterator[None]:
-    """An error that leaves the block is put down for `run` as the word of this rank; None: nothing is. It passes unchanged."""
+    """An error that leaves the block is put down for `run` as the word of this rank; None: nothing is. It passes unchanged.
+
+    Only a stop that a library has made an error of its own leaves as the stop: modules are loaded for seconds, and a
+    signal amid that comes back as "Failed to import ...".
+    """
     try:
         yield
     except (RunStopped, KeyboardInterrupt, GeneratorExit, SystemExit):
         raise
     except BaseException as error:
+        stopped = stop_behind(error)
+        if stopped is not None:
+            raise stopped from None
         if run is not None:
             leave_words(run, error, rank)
         raise

@@ -169,6 +169,23 @@ def test_words_hold_what_an_error_was_raised_from(place: Place) -> None:
     assert [word.echo for word in read_words(run, 1)] == [False, True]
 
 
+def test_a_stop_while_modules_load_is_a_stop(place: Place) -> None:
+    """transformers and trl import on first use, and raise what goes wrong meanwhile again as an error of their own."""
+    run = run_of(place)
+    with pytest.raises(RunStopped, match="^stopped by SIGUSR1$"), leaving_words(run):
+        try:
+            raise RunStopped("stopped by SIGUSR1")
+        except RunStopped as error:
+            raise RuntimeError("Failed to import trl.trainer.sft_config") from error
+    assert read_words(run, 1) == []
+    with pytest.raises(OSError, match="full"), leaving_words(run):
+        try:
+            raise RunStopped("stopped by SIGUSR1")
+        except RunStopped:
+            raise OSError("the disk is full")  # noqa: B904
+    assert len(read_words(run, 1)) == 1
+
+
 def test_words_never_raise(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
     leave_words(RunDir(tmp_path), ValueError("x"), 0)
