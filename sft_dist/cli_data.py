@@ -42,7 +42,7 @@ def data_preview(
     """Show rows, and the tokens of one, coloured by whether they are trained. Example: sft-dist data preview demo"""
     from rich.console import Console
 
-    from sft_dist.stages import preview_here
+    from sft_dist.data_here import preview_here
 
     console = Console(highlight=False)
     for renderable in preview_here(load(config, overrides).config, rows, row):
@@ -52,7 +52,7 @@ def data_preview(
 @data_app.command("prepare", context_settings=TAKES_OVERRIDES)
 def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
-    from sft_dist.stages import prepare_here
+    from sft_dist.data_here import prepare_here
 
     typer.echo(json.dumps(prepare_here(load(config, overrides).config), indent=2))
 

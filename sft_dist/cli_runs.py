@@ -42,10 +42,15 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool, local: bool = False) -> tu
     """A run of this config, proven; its decisions are logged. Raises what `stages.new_run` raises."""
     from sft_dist.jobs.offline import take_caches_of_job
     from sft_dist.jobs.resources import job_machine, resolve_for_job
+    from sft_dist.jobs.submit import local_gpus
     from sft_dist.stages import new_run as create
 
-    if local and loaded.config.slurm.nodes > 1:
-        raise ConfigError(f"slurm.nodes is {loaded.config.slurm.nodes}, but --local has one", hint="add slurm.nodes=1")
+    if local:
+        if loaded.config.slurm.nodes > 1:
+            raise ConfigError(
+                f"slurm.nodes is {loaded.config.slurm.nodes}, but --local has one", hint="add slurm.nodes=1"
+            )
+        local_gpus(loaded.config.slurm)
     take_caches_of_job(loaded.config)
     resolved = resolve_for_job(loaded.config)
     note = job_machine(loaded.config)[1]
@@ -112,24 +117,25 @@ def ready_here(name: str, *, accept: bool) -> RunDir:
 
 def ready_again(run: RunDir, overrides: Sequence[str]) -> Config:
     """The config of a run to go on with, `slurm` changed by `overrides`. Raises ConfigError if it is at work or done."""
-    from sft_dist.config.loader import load_run_config, write_config
-    from sft_dist.config.resubmit import with_slurm
+    from sft_dist.config.loader import write_config
     from sft_dist.files import write_text
-    from sft_dist.jobs.queue import ask_queue
-    from sft_dist.jobs.submit import last_job
+    from sft_dist.jobs.admission import refuse_live
 
-    state = run.read_status().get("state")
-    if state == "done" and (run.model / "DONE").is_file():
+    if run.read_status().get("state") == "done" and (run.model / "DONE").is_file():
         raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {run.path}")
-    number = last_job(run)
-    job = ask_queue([number] if number else []).jobs.get(number or "")
-    if run.held() or (job is not None and job.phase != "ended"):
-        what = f"job {number} is {job.state}" if job is not None and job.phase != "ended" else "a process works on it"
-        raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.path}")
-    config = with_slurm(load_run_config(run.config), overrides)
+    refuse_live(run)
+    config = config_again(run, overrides)
     if overrides:
         write_text(run.config, write_config(config))
     return config
+
+
+def config_again(run: RunDir, overrides: Sequence[str]) -> Config:
+    """The config of a run, `slurm` changed by `overrides`; writes nothing."""
+    from sft_dist.config.loader import load_run_config
+    from sft_dist.config.resubmit import with_slurm
+
+    return with_slurm(load_run_config(run.config), overrides)
 
 
 def swept(source: str, overrides: Sequence[str], array: Sequence[str]) -> Iterator[LoadedConfig]:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sft_dist.cli_data import load
-from sft_dist.cli_runs import existing, made_run, new_run, ready_again, swept
+from sft_dist.cli_runs import config_again, existing, made_run, new_run, swept
 from sft_dist.errors import ConfigError, RunStopped, SftDistError
 
 if TYPE_CHECKING:
+    from sft_dist.config.loader import LoadedConfig
     from sft_dist.config.schema import Config
     from sft_dist.jobs.submit import Part
     from sft_dist.rundir import RunDir
 
 log = logging.getLogger(__name__)
 FOLLOW_S = 2.0
+# The queue is asked less often: the controller has other users, and jobs last for days.
+QUEUE_EVERY_S = 15.0
 # A job that the queue no longer knows may still be writing its last words to a slow file system.
 GONE_S = 20.0
 
@@ -51,8 +57,8 @@ def submit(
     accept: AcceptFlag = False,
 ) -> None:
     """Run on SLURM through submitit, or go on with a stopped run. Example: sft-dist submit my.yaml slurm.nodes=2"""
-    from sft_dist.jobs.submit import dry_script, job_numbers, slurm_folder
-    from sft_dist.jobs.submit import submit as hand_over
+    from sft_dist.jobs.admission import job_numbers
+    from sft_dist.jobs.submit import dry_script, needs_slurm
 
     sources = [word for word in configs if "=" not in word.partition("/")[0]]
     overrides = [word for word in configs if word not in sources]
@@ -62,27 +68,66 @@ def submit(
         raise ConfigError("--local has no queue: no --array, --chain or --after")
     if not sources:
         raise ConfigError("no config to submit", hint="sft-dist submit my.yaml slurm.partition=gpu")
-    numbers = [] if local else job_numbers(after or [])
+    if not dry_run:
+        needs_slurm(local=local)
+    numbers = job_numbers(after or [])
     if dry_run:
-        for part in _dry_parts(sources, overrides, array or [], chain=chain):
-            typer.echo(dry_script(part, numbers))
+        for parts, options in _dry_parts(sources, overrides, array or [], chain=chain):
+            typer.echo(dry_script(parts, after=numbers, **options))
         return
     submitted: list[tuple[RunDir, str]] = []
     if array:
-        parts = _sweep(sources[0], overrides, array, overwrite=overwrite)
-        name = str(load(sources[0], overrides).config.run.name)
-        ids = hand_over(parts, folder=_array_folder(parts[0].run, name), after=numbers, name=name)
-        submitted += [(part.run, number) for part, number in zip(parts, ids, strict=True)]
+        submitted += _submit_array(sources[0], overrides, array, numbers, overwrite=overwrite)
     for source in sources if not array else []:
-        previous = numbers
-        made = made_run(source, overrides, overwrite=overwrite, local=local, accept=accept)
-        for part in _parts(made, chain=chain):
-            previous = hand_over([part], folder=slurm_folder(part.run), after=previous, local=local)
-            submitted.append((part.run, previous[0]))
+        made = functools.partial(made_run, source, overrides, overwrite=overwrite, local=local, accept=accept)
+        submitted += _submit_run(existing(source), made, numbers, local=local, chain=chain)
+    if wait:
+        try:
+            _follow(submitted, local=local)
+        except KeyboardInterrupt:
+            runs = " ".join(dict.fromkeys(str(run.path) for run, _ in submitted))
+            sys.stderr.write(f"the jobs go on: sft-dist status {runs}; sft-dist cancel RUN stops one\n")
+            raise
+
+
+def _submit_run(
+    before: RunDir | None,
+    make: Callable[[], tuple[RunDir, Config]],
+    numbers: Sequence[str],
+    *,
+    local: bool,
+    chain: bool,
+) -> list[tuple[RunDir, str]]:
+    """Submit what `make` makes, of a config or of the run of `before`; returns and prints what became of it."""
+    from sft_dist.jobs.admission import submitting
+    from sft_dist.jobs.submit import submit_in_turn
+
+    with contextlib.ExitStack() as stack:
+        if before is not None:
+            stack.enter_context(submitting(before))
+        made = make()
+        if before is None:
+            stack.enter_context(submitting(made[0]))
+        ids = submit_in_turn(list(_parts(made, chain=chain)), after=numbers, local=local)
+    return _told([(made[0], number) for number in ids])
+
+
+def _submit_array(
+    source: str, overrides: Sequence[str], array: Sequence[str], numbers: Sequence[str], *, overwrite: bool
+) -> list[tuple[RunDir, str]]:
+    from sft_dist.jobs.submit import submit as hand_over
+
+    parts = _sweep(source, overrides, array, overwrite=overwrite)
+    name = str(load(source, list(overrides)).config.run.name)
+    ids = hand_over(parts, folder=_array_folder(parts[0].run, name), after=numbers, name=name)
+    return _told([(part.run, number) for part, number in zip(parts, ids, strict=True)])
+
+
+def _told(submitted: list[tuple[RunDir, str]]) -> list[tuple[RunDir, str]]:
+    """Print them at once: what comes after may fail."""
     for run, number in submitted:
         typer.echo(f"{number} {run.path}")
-    if wait:
-        _follow(submitted, local=local)
+    return submitted
 
 
 def _sweep(source: str, overrides: Sequence[str], array: Sequence[str], *, overwrite: bool) -> list[Part]:
@@ -116,17 +161,24 @@ def _parts(made: tuple[RunDir, Config], *, chain: bool) -> Iterator[Part]:
 
 def _dry_parts(
     sources: Sequence[str], overrides: Sequence[str], array: Sequence[str], *, chain: bool
-) -> Iterator[Part]:
+) -> Iterator[tuple[list[Part], dict[str, Any]]]:
+    """The parts of each script that would be handed over, and the name and folder of an array."""
     from sft_dist.rundir import RunDir, runs_root
 
+    def planned(loaded: LoadedConfig) -> tuple[RunDir, Config]:
+        return RunDir(runs_root(loaded.config.run.dir) / str(loaded.config.run.name)), loaded.config
+
+    if array:
+        made = [planned(loaded) for loaded in swept(sources[0], overrides, array)]
+        name = str(load(sources[0], list(overrides)).config.run.name)
+        options = {"name": name, "folder": _array_folder(made[0][0], name)}
+        yield [part for one in made for part in _parts(one, chain=False)], options
+        return
     for source in sources:
         stopped = existing(source)
-        if stopped is not None:
-            yield from _parts((stopped, ready_again(stopped, [])), chain=chain)
-            continue
-        for loaded in swept(source, overrides, array) if array else [load(source, list(overrides))]:
-            run = RunDir(runs_root(loaded.config.run.dir) / str(loaded.config.run.name))
-            yield from _parts((run, loaded.config), chain=chain)
+        one = planned(load(source, list(overrides))) if stopped is None else (stopped, config_again(stopped, overrides))
+        for part in _parts(one, chain=chain):
+            yield [part], {}
 
 
 def _array_folder(first: RunDir, name: str) -> Path:
@@ -136,28 +188,18 @@ def _array_folder(first: RunDir, name: str) -> Path:
 
 def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
     """Say each change of state until all jobs have ended; raises the error of the first run that did not get done."""
-    from sft_dist.jobs.queue import ask_queue
-
     last: dict[Path, str] = {}
-    gone: float | None = None
-    while True:
-        for run, number in submitted:
-            status = run.read_status()
-            line = " ".join(str(status[name]) for name in ("state", "reason") if status.get(name))
-            if status.get("step"):
-                line += f", step {status['step']} of {status.get('max_steps')}"
-            if last.get(run.path) != line:
-                last[run.path] = line
-                sys.stderr.write(f"{run.name} (job {number}): {line}\n")
-        states = [run.read_status().get("state") for run, _ in submitted]
-        if all(state in ("done", "failed", "stopped") for state in states):
-            break
-        if not local:
-            queue = ask_queue([number for _, number in submitted])
-            alive = [number for number, job in queue.jobs.items() if job.phase != "ended"]
-            gone = (gone or time.monotonic()) if queue.known and not alive else None
-            if gone is not None and time.monotonic() - gone > GONE_S:
-                raise SftDistError("the jobs have left the queue without a word", hint="see slurm/*_log.err of the run")
+    asked, gone = -QUEUE_EVERY_S, None
+    while not _all_told(submitted, last):
+        if time.monotonic() - asked >= QUEUE_EVERY_S:
+            asked = time.monotonic()
+            ended = _none_left([number for _, number in submitted], local=local)
+            gone = (gone or asked) if ended else None
+        if gone is not None and time.monotonic() - gone > GONE_S:
+            if _all_told(submitted, last):  # its last words have come just now
+                break
+            hint = f"they may have said why: sft-dist logs {submitted[0][0].path}"
+            raise SftDistError("the jobs have ended without a word of the run's", hint=hint)
         time.sleep(FOLLOW_S)
     for run, _ in submitted:
         status = run.read_status()
@@ -167,3 +209,35 @@ def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
             raise error
         if status.get("state") == "stopped":
             raise RunStopped(str(status.get("reason")), hint=f"go on with: sft-dist submit {run.path}")
+
+
+def _all_told(submitted: Sequence[tuple[RunDir, str]], last: dict[Path, str]) -> bool:
+    """Say what is new since `last`; whether all runs have ended."""
+    states = []
+    for run, number in submitted:
+        status = run.read_status()
+        states.append(status.get("state"))
+        line = " ".join(str(status[name]) for name in ("state", "reason") if status.get(name))
+        if status.get("step"):
+            line += f", step {status['step']} of {status.get('max_steps')}"
+        if last.get(run.path) != line:
+            last[run.path] = line
+            sys.stderr.write(f"{run.name} (job {number}): {line}\n")
+    return all(state in ("done", "failed", "stopped") for state in states)
+
+
+def _none_left(numbers: Sequence[str], *, local: bool) -> bool:
+    """Whether no job is left; False while that cannot be told."""
+    from sft_dist.jobs.queue import ask_queue
+
+    if local:
+        return not any(_runs_here(int(number)) for number in numbers)
+    queue = ask_queue(numbers)
+    return queue.known and all(job.phase == "ended" for job in queue.jobs.values())
+
+
+def _runs_here(pid: int) -> bool:
+    """Whether the job that this process has started is still there."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    return False

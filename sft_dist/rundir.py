@@ -206,10 +206,10 @@ def refuse_existing(root: Path, name: str) -> None:
             f"{run.path} exists and is not a run of sft-dist (it has no config.yaml)",
             hint="add run.name=ANOTHER_NAME, or move it away",
         )
-    state = run.read_status().get("state", "unknown")
     choices = ["keep both      add run.name=ANOTHER_NAME", "replace it     add --overwrite (the old run is deleted)"]
-    if state != "done":
-        choices.insert(0, f"go on with it  sft-dist resume {run.path}")
+    if (state := run.read_status().get("state", "unknown")) != "done":
+        command = "submit" if (run.plan / "job.sbatch").is_file() else "resume"
+        choices.insert(0, f"go on with it  sft-dist {command} {run.path}")
     raise ConfigError(
         f"the run directory {run.path} already exists (state: {state}) and is never overwritten by accident",
         problems=choices,

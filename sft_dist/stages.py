@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
 from sft_dist.config.schema import Config
@@ -14,13 +14,9 @@ from sft_dist.parallel.batch import check_heads
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import this_world
 from sft_dist.process import libraries_are_in
-from sft_dist.rundir import RunDir, create_run, refuse_existing, runs_root
+from sft_dist.rundir import RunDir, create_run, runs_root
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from transformers import PreTrainedTokenizerBase
-
     from sft_dist.data.formats import Example
     from sft_dist.jobs.place import Place
     from sft_dist.train.attempt import Attempt
@@ -31,14 +27,15 @@ log = logging.getLogger(__name__)
 def new_run(loaded: LoadedConfig, *, overwrite: bool = False, resolved: Resolved | None = None) -> RunDir:
     """Create the run directory of a loaded config, once it is known that it can be trained here, or as `resolved`.
 
-    An existing run is refused unless `overwrite`; neither a new directory nor a deleted one is left behind by a
+    An existing run is refused unless `overwrite`, and then if it is at work or in a queue; neither a new directory nor a deleted one is left behind by a
     config that cannot run.
     """
+    from sft_dist.jobs.admission import refuse_taken
+
     _refuse_launcher()
     config = loaded.config
     root, name = runs_root(config.run.dir), str(config.run.name)
-    if not overwrite:
-        refuse_existing(root, name)
+    refuse_taken(RunDir(root / name), overwrite=overwrite)
     if config.data.train.task and loaded.provenance.get("data.train.task") == "default":
         raise ConfigError("data.train is not set", hint="set it to a JSONL file, a dataset's name or {task: tickets}")
     from sft_dist.evaluate.compare import write_held_out
@@ -188,58 +185,6 @@ def evaluate_here(config: Config, run: RunDir, resolved: Resolved, when: Literal
     loaded = load_for(config, run, resolved, when)
     log.info("asking the %s model", "base" if when == "before" else "tuned")
     evaluate_model(config, run, loaded, when)
-
-
-def prepare_here(config: Config) -> dict[str, Any]:
-    """Tokenise the config's rows into the cache; returns the ledger."""
-    from sft_dist.data.prepare import prepare
-    from sft_dist.train.pretrained import cache_root
-    from sft_dist.train.tokenizer import load_tokenizer
-
-    tokens = load_tokenizer(config.model)
-    return prepare(config, tokens.tokenizer, tokens.template, cache_root()).ledger
-
-
-def preview_here(config: Config, rows: int, row: int) -> list[Any]:
-    """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`."""
-    from sft_dist.data.prepare import load_splits
-    from sft_dist.data.preview import rows_table, tokens_view
-    from sft_dist.data.tokenize import IGNORED, tokenize
-    from sft_dist.train.tokenizer import load_tokenizer
-
-    examples = load_splits(config)[0]
-    if row > len(examples):
-        raise ConfigError(f"--row {row}, but there are {len(examples)} rows", hint=f"choose 1 to {len(examples)}")
-    tokens = load_tokenizer(config.model)
-    data = config.data
-    chosen = next(
-        tokenize(
-            examples[row - 1 : row],
-            tokens.tokenizer,
-            tokens.template,
-            max_length=data.max_length,
-            assistant_only_loss=data.assistant_only_loss,
-        )
-    )
-    trained = [label != IGNORED for label in chosen.labels]
-    pieces = _pieces(tokens.tokenizer, chosen.input_ids, trained)
-    return [rows_table(examples, rows), tokens_view(pieces, trained, title=examples[row - 1].where)]
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[str]:
-    """Each token as text; of several tokens that make up one character the last one shows it, the others nothing."""
-    pieces: list[str] = []
-    held: list[int] = []
-    for index, token in enumerate(ids):
-        held.append(token)
-        text = tokenizer.decode(held)
-        last = index + 1 == len(ids) or trained[index + 1] != trained[index]
-        if text.endswith("\ufffd") and len(held) < 4 and not last:
-            pieces.append("")
-        else:
-            pieces.append(text)
-            held = []
-    return pieces
 
 
 def report_here(run: RunDir) -> None:

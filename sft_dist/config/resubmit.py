@@ -20,6 +20,8 @@ def with_slurm(config: Config, overrides: Sequence[str]) -> Config:
     problems += [f"{name}   cannot change: the run has been trained with another value" for name in others]
     tree = config.model_dump(mode="json")
     part = layer.tree.get("slurm")
+    if isinstance(part, dict) and "profile" in part:
+        problems.append("slurm.profile   is read when a run is made; name the fields that are to change")
     tree["slurm"] = {**tree["slurm"], **part} if isinstance(part, dict) else part
     changed, mistakes = validate(tree)
     problems += [mistake.line for mistake in mistakes]

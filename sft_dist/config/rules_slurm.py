@@ -21,7 +21,6 @@ SBATCH_OPTIONS = frozenset(
         "begin",
         "chdir",
         "cluster-constraint",
-        "clusters",
         "comment",
         "container",
         "container-id",
@@ -98,7 +97,9 @@ SET_ELSEWHERE = {
     "wait": "the flag --wait of submit",
     "test-only": "the flag --dry-run of submit",
 }
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
+# What a line of shell sets to a text of its own, not to what another command or variable holds.
+SETS = re.compile(r"""(?<!\w)(\w+)=["']?[^\s"'$`;&|]""", re.ASCII)
 # SLURM's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes(:seconds).
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?", re.ASCII)
 GPUS = re.compile(r"(?:(?P<kind>[\w.-]+):)?(?P<count>\d+)", re.ASCII)
@@ -151,6 +152,9 @@ def _texts(config: Config) -> Iterator[Problem]:
     for number, line in enumerate(slurm.setup):
         if "\0" in line:
             yield Problem(f"slurm.setup[{number}]", "holds a null character")
+        if any(SECRET.search(name) for name in SETS.findall(line)):
+            text = "sets what looks like a secret, and would be written into files; export it where you type submit"
+            yield Problem(f"slurm.setup[{number}]", text)
 
 
 def _amounts(config: Config) -> Iterator[Problem]:
@@ -169,7 +173,10 @@ def _amounts(config: Config) -> Iterator[Problem]:
 def _extra(config: Config) -> Iterator[Problem]:
     for name, value in config.slurm.extra.items():
         path, option = f"slurm.extra.{name}", name.strip("-").replace("_", "-")
-        if option in SET_ELSEWHERE:
+        if option == "clusters":
+            text = "would send the job where status and cancel do not look; export SLURM_CLUSTERS=NAME for all of them"
+            yield Problem(path, text)
+        elif option in SET_ELSEWHERE:
             yield Problem(path, f"is set by {SET_ELSEWHERE[option]}")
         elif option not in SBATCH_OPTIONS:
             if option in (

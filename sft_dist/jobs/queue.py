@@ -112,7 +112,9 @@ def ask_accounting(queue: Queue, ids: Iterable[str]) -> Queue:
 
 
 def local_cluster() -> str | None:
-    """ClusterName of the slurm.conf that squeue reads here; None if there is none to read."""
+    """The cluster that squeue asks here: $SLURM_CLUSTERS, else slurm.conf's ClusterName; None if there is none to read."""
+    if chosen := os.environ.get("SLURM_CLUSTERS"):
+        return chosen
     named = os.environ.get("SLURM_CONF")
     # The second is where a node without files of its own keeps what the controller sent it.
     for path in [named] if named else ["/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf"]:

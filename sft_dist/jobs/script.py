@@ -125,8 +125,9 @@ def python_command(folder: Path, python: str) -> str:
     return f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
 
 
-def script_text(options: Mapping[str, Any], folder: Path, python: str) -> str:
-    """The batch script, character by character as submitit writes it. Needs no SLURM."""
+def script_text(options: Mapping[str, Any], folder: Path, python: str, count: int = 1) -> str:
+    """The batch script of a job, or of an array of `count`, character by character as submitit writes it. Needs no SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    return str(_make_sbatch_string(command=python_command(folder, python), folder=folder, **options))
+    tasks = count if count > 1 else None
+    return str(_make_sbatch_string(command=python_command(folder, python), folder=folder, map_count=tasks, **options))

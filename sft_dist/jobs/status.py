@@ -100,7 +100,8 @@ class RunStatus:
             return f"sft-dist cancel {self.record.run.path}"
         if self.state == "done":
             return f"sft-dist report {self.record.run.path}"
-        return f"sft-dist {'submit' if self.jobs else 'resume'} {self.record.run.path}"
+        to_slurm = self.jobs or (self.record.run.plan / "job.sbatch").is_file()  # sbatch may have refused it
+        return f"sft-dist {'submit' if to_slurm else 'resume'} {self.record.run.path}"
 
     def facts(self) -> dict[str, Any]:
         """The values as JSON."""

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +16,21 @@ from typing import Any
 
 from sft_dist.config.rules_slurm import gpus_of, minutes
 from sft_dist.config.schema import Config
+from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.errors import ConfigError, PreflightError, SftDistError
 from sft_dist.files import read_json, utc_now, write_json, write_text
 from sft_dist.jobs.board import board_file
 from sft_dist.jobs.node import NodeJob
 from sft_dist.jobs.offline import caches
-from sft_dist.jobs.queue import is_job_id, local_cluster
+from sft_dist.jobs.queue import call, local_cluster
 from sft_dist.jobs.script import sbatch_options, script_text, setup_lines
-from sft_dist.rundir import RunDir, find_run
+from sft_dist.rundir import RunDir
 
 EVERYTHING = ("before", "train", "after")
 # The jobs of --chain: what each does, and whether it needs all nodes.
 CHAIN = {"prepare": ("before",), "train": ("train",), "evaluate": ("after",)}
+# Without a queue nothing brings back a run that reached a limit which nobody has set.
+NO_LIMIT_MIN = 366 * 24 * 60
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -51,95 +55,124 @@ def slurm_folder(run: RunDir) -> Path:
     return run.path.absolute() / "slurm"
 
 
-def dry_script(part: Part, after: Sequence[str] = ()) -> str:
-    """The script that `submit` would hand to sbatch."""
+def needs_slurm(*, local: bool) -> None:
+    """PreflightError without submitit or, unless `local`, without SLURM."""
     _submitit()
-    return script_text(_options(part, slurm_folder(part.run), after), slurm_folder(part.run), sys.executable)
-
-
-def submit(
-    parts: Sequence[Part], *, folder: Path, after: Sequence[str] = (), local: bool = False, name: str | None = None
-) -> list[str]:
-    """Submit alike jobs, several of them as one array called `name`; returns SLURM's number for each.
-
-    Raises PreflightError without submitit or SLURM, SftDistError with sbatch's words if it refuses.
-    """
-    submitit = _submitit()
     if not local and shutil.which("sbatch") is None:
         raise PreflightError(
             "there is no SLURM on this host (no sbatch)", hint="add --local to run in the background here"
         )
+
+
+def dry_script(
+    parts: Sequence[Part], *, folder: Path | None = None, after: Sequence[str] = (), name: str | None = None
+) -> str:
+    """The script that `submit` would hand to sbatch for these parts."""
+    _submitit()
+    folder = folder or slurm_folder(parts[0].run)
+    return script_text(_options(parts[0], folder, after, name), folder, sys.executable, len(parts))
+
+
+def submit(
+    parts: Sequence[Part],
+    *,
+    folder: Path,
+    after: Sequence[str] = (),
+    local: bool = False,
+    name: str | None = None,
+    goes_on: bool = False,
+) -> list[str]:
+    """Submit alike jobs, several of them as one array called `name`; returns SLURM's number for each.
+
+    With `goes_on` an earlier job of the same run may be at work already. Raises PreflightError without submitit or SLURM,
+    SftDistError with sbatch's words if it refuses.
+    """
+    needs_slurm(local=local)
+    submitit = _submitit()
     folder.mkdir(parents=True, exist_ok=True)
-    options = _options(parts[0], folder, after)
-    options["job_name"] = name or options["job_name"]
+    options = _options(parts[0], folder, after, name)
     for part in parts:
         board = board_file(part.run.path.absolute())
         board.parent.mkdir(parents=True, exist_ok=True)
         board.touch()
-        part.run.cancelled.unlink(missing_ok=True)
-        part.run.write_status(state="queued", reason=None)
+        if not goes_on:
+            part.run.cancelled.unlink(missing_ok=True)
+            part.run.write_status(state="queued", reason=None)
         if not local:
-            write_text(part.run.plan / "job.sbatch", script_text(options, folder, sys.executable))
-    executor = submitit.AutoExecutor(folder=folder, cluster="local" if local else "slurm")
-    executor.update_parameters(**(_local_options(parts[0], folder) if local else _slurm_names(options)))
+            text = script_text(options, folder, sys.executable, len(parts))
+            write_text(part.run.plan / "job.sbatch", text)
     jobs = [NodeJob(_spec(part, folder)) for part in parts]
     try:
         with _outside_of_jobs(submitit):
-            if len(jobs) == 1:
-                submitted = [executor.submit(jobs[0])]
+            if local:
+                submitted = [_submit_here(submitit, parts[0], folder, jobs[0])]
             else:
-                with executor.batch():
+                executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+                executor.update_parameters(**{f"slurm_{option}": value for option, value in options.items()})
+                with executor.batch() if len(jobs) > 1 else contextlib.nullcontext():
                     submitted = [executor.submit(job) for job in jobs]
     except Exception as error:
+        said = f"sbatch refused the job: {_last_words(error)}"
         for part in parts:
-            part.run.write_status(state="failed", reason="sbatch refused the job")
-        raise SftDistError(f"sbatch refused the job: {_last_words(error)}", hint="look at the section slurm") from error
+            part.run.write_status(state="failed", reason=said)
+        hint = f"correct it and go on with: sft-dist submit {parts[0].run.path} slurm.FIELD=VALUE"
+        raise SftDistError(said, hint=hint) from error
     ids = [str(job.job_id) for job in submitted]
     for part, number in zip(parts, ids, strict=True):
         _record(part, number, folder, local=local)
     return ids
 
 
-def last_job(run: RunDir) -> str | None:
-    """The number of the job that was submitted last for the run."""
-    jobs = (read_json(run.path / "slurm" / "job.json") or {}).get("jobs") or [{}]
-    number = jobs[-1].get("job_id")
-    return None if number is None else str(number)
+def submit_in_turn(parts: Sequence[Part], *, after: Sequence[str] = (), local: bool = False) -> list[str]:
+    """Submit the jobs of one run, each to start when the one before is done; if one is refused, none stays in the queue."""
+    ids: list[str] = []
+    for part in parts:
+        waits_for = ids[-1:] or after
+        try:
+            ids += submit([part], folder=slurm_folder(part.run), after=waits_for, local=local, goes_on=bool(ids))
+        except SftDistError:
+            if ids:
+                call(["scancel", *ids])
+            raise
+    return ids
 
 
-def job_numbers(names: Sequence[str]) -> list[str]:
-    """What `--after` names: numbers of jobs, or runs, whose last job is meant. Raises ConfigError."""
-    found = []
-    for name in names:
-        number = name if is_job_id(name) else last_job(find_run(name))
-        if number is None:
-            raise ConfigError(f"--after {name}: that run was never submitted")
-        found.append(number)
-    return found
-
-
-def _options(part: Part, folder: Path, after: Sequence[str]) -> dict[str, Any]:
+def _options(part: Part, folder: Path, after: Sequence[str], name: str | None = None) -> dict[str, Any]:
     options = sbatch_options(part.config, folder, tasks_per_node=part.tasks_per_node, nodes=part.nodes, after=after)
     if part.kind != "run":
         options["job_name"] += f"-{part.kind}"
-    return options
+    return {**options, "job_name": name or options["job_name"]}
 
 
-def _slurm_names(options: dict[str, Any]) -> dict[str, Any]:
-    return {f"slurm_{name}": value for name, value in options.items()}
+def local_gpus(slurm: SlurmConfig) -> str:
+    """CUDA_VISIBLE_DEVICES of a job on this machine: the first of those that this shell may use. Raises ConfigError."""
+    count = gpus_of(slurm)[1]
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if named and count > len(named):
+        raise ConfigError(
+            f"slurm.gpus_per_node is {count}, but CUDA_VISIBLE_DEVICES names {len(named)}: {','.join(named)}"
+        )
+    return ",".join((named or [str(number) for number in range(count)])[:count])
 
 
-def _local_options(part: Part, folder: Path) -> dict[str, Any]:
+def _submit_here(submitit: Any, part: Part, folder: Path, job: NodeJob) -> Any:
+    """Start the job in the background of this machine, in bash as on a node, out of reach of this terminal's Ctrl-C."""
     slurm = part.config.slurm
-    setup = folder / "setup.sh"
-    # submitit joins its lines to one: a comment or an unfinished line would swallow the rest.
-    write_text(setup, "\n".join([*setup_lines(slurm), ":"]) + "\n")
-    return {
-        "timeout_min": minutes(slurm.time),
-        "tasks_per_node": part.tasks_per_node,
-        "gpus_per_node": gpus_of(slurm)[1],
-        "local_setup": [f". {shlex.quote(str(setup))}"],
-    }
+    start = folder / "start.sh"
+    lines = [*setup_lines(slurm), f"export CUDA_VISIBLE_DEVICES={shlex.quote(local_gpus(slurm))}"]
+    write_text(start, "\n".join([*lines, f'exec setsid {shlex.quote(sys.executable)} "$@"']) + "\n")
+    executor = submitit.LocalExecutor(folder=folder, python=f"bash {shlex.quote(str(start))}")
+    executor.update_parameters(
+        timeout_min=NO_LIMIT_MIN if slurm.time is None else minutes(slurm.time),
+        signal_delay_s=slurm.signal_delay_s,
+        tasks_per_node=part.tasks_per_node,
+        gpus_per_node=gpus_of(slurm)[1],
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # submitit's controller inherits it
+    try:
+        return executor.submit(job)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _spec(part: Part, folder: Path) -> dict[str, Any]:

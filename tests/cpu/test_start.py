@@ -144,7 +144,7 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
 
 def test_the_preview_shows_characters_of_several_tokens_whole(tiny_model_dir: Path) -> None:
     from sft_dist.config.schema import ModelConfig
-    from sft_dist.stages import _pieces
+    from sft_dist.data_here import _pieces
     from sft_dist.train.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(name="embedded:tiny")).tokenizer

@@ -55,6 +55,9 @@ def test_gpus() -> None:
         ("slurm.extra={comment: [1]}", "no value of an option"),
         ('slurm.account="a\\nb"', "line break"),
         ("slurm.env={HF_TOKEN: abc}", "looks like a secret"),
+        ("slurm.setup=[export HF_TOKEN=hf_abc]", "looks like a secret"),
+        ("slurm.setup=['A=1 wandb_api_key=\"0a\" true']", "looks like a secret"),
+        ("slurm.extra={clusters: other}", "SLURM_CLUSTERS"),
         ("slurm.env={A-B: c}", "name of an environment variable"),
         ("slurm.gpus_per_node=many", "neither a number"),
         ("slurm.signal_delay_s=3600", "the run would stop as it starts"),
@@ -66,6 +69,18 @@ def test_mistakes_are_named(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("smoke", [override])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "slurm.env={TOKENIZERS_PARALLELISM: 'false'}",
+        "slurm.setup=[export TOKENIZERS_PARALLELISM=false]",
+        "slurm.setup=['export HF_TOKEN=$(cat ~/.token)', 'export HF_TOKEN=\"$OTHER\"', 'export HF_TOKEN=']",
+    ],
+)
+def test_what_is_no_secret_is_let_through(override: str) -> None:
+    load_config("smoke", [override])
 
 
 def test_one_process_has_no_second_node() -> None:

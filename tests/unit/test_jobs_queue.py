@@ -155,6 +155,8 @@ def test_the_cluster_is_that_of_slurm_conf(tmp_path: Path, monkeypatch: pytest.M
     assert local_cluster() == "Big"
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
     assert local_cluster() is None
+    monkeypatch.setenv("SLURM_CLUSTERS", "far")  # squeue and sbatch then ask that one
+    assert local_cluster() == "far"
 
 
 def test_a_command_that_cannot_be_run_is_no_traceback(fake: Fake, tmp_path: Path) -> None:

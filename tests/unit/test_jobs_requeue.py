@@ -172,7 +172,7 @@ def test_words_hold_what_an_error_was_raised_from(place: Place) -> None:
 def test_a_stop_while_modules_load_is_a_stop(place: Place) -> None:
     """transformers and trl import on first use, and raise what goes wrong meanwhile again as an error of their own."""
     run = run_of(place)
-    with pytest.raises(RunStopped, match="^stopped by SIGUSR1$"), leaving_words(run):
+    with pytest.raises(RunStopped, match=r"^stopped by SIGUSR1$"), leaving_words(run):
         try:
             raise RunStopped("stopped by SIGUSR1")
         except RunStopped as error:

@@ -1,0 +1,64 @@
+"""The rows of a config on this machine, before any run: tokenised into the cache, or shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.config.schema import Config
+from sft_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prepare_here(config: Config) -> dict[str, Any]:
+    """Tokenise the config's rows into the cache; returns the ledger."""
+    from sft_dist.data.prepare import prepare
+    from sft_dist.train.pretrained import cache_root
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    tokens = load_tokenizer(config.model)
+    return prepare(config, tokens.tokenizer, tokens.template, cache_root()).ledger
+
+
+def preview_here(config: Config, rows: int, row: int) -> list[Any]:
+    """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`."""
+    from sft_dist.data.prepare import load_splits
+    from sft_dist.data.preview import rows_table, tokens_view
+    from sft_dist.data.tokenize import IGNORED, tokenize
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    examples = load_splits(config)[0]
+    if row > len(examples):
+        raise ConfigError(f"--row {row}, but there are {len(examples)} rows", hint=f"choose 1 to {len(examples)}")
+    tokens = load_tokenizer(config.model)
+    data = config.data
+    chosen = next(
+        tokenize(
+            examples[row - 1 : row],
+            tokens.tokenizer,
+            tokens.template,
+            max_length=data.max_length,
+            assistant_only_loss=data.assistant_only_loss,
+        )
+    )
+    trained = [label != IGNORED for label in chosen.labels]
+    pieces = _pieces(tokens.tokenizer, chosen.input_ids, trained)
+    return [rows_table(examples, rows), tokens_view(pieces, trained, title=examples[row - 1].where)]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[str]:
+    """Each token as text; of several tokens that make up one character the last one shows it, the others nothing."""
+    pieces: list[str] = []
+    held: list[int] = []
+    for index, token in enumerate(ids):
+        held.append(token)
+        text = tokenizer.decode(held)
+        last = index + 1 == len(ids) or trained[index + 1] != trained[index]
+        if text.endswith("\ufffd") and len(held) < 4 and not last:
+            pieces.append("")
+        else:
+            pieces.append(text)
+            held = []
+    return pieces

@@ -1,0 +1,79 @@
+"""`submit --wait`: it says what happens, ends when nothing more will, and leaves the queue in peace."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from sft_dist import cli_submit
+from sft_dist.errors import RunStopped, SftDistError
+from sft_dist.jobs import queue
+from sft_dist.jobs.queue import Job, Queue
+from sft_dist.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setattr(cli_submit, "FOLLOW_S", 0.01)
+    monkeypatch.setattr(cli_submit, "GONE_S", 0.1)
+    monkeypatch.setattr(cli_submit, "QUEUE_EVERY_S", 0.05)
+    run = RunDir(tmp_path / "demo")
+    run.write_status(state="queued")
+    return run
+
+
+def test_a_local_job_that_ends_without_a_word_ends_the_wait(run: RunDir) -> None:
+    """Its set-up lines have failed, say: there is no record."""
+    job = subprocess.Popen(["false"])
+    with pytest.raises(SftDistError, match="without a word") as caught:
+        cli_submit._follow([(run, str(job.pid))], local=True)
+    assert f"sft-dist logs {run.path}" in str(caught.value)
+
+
+def test_a_local_job_at_work_is_waited_for(run: RunDir) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as job:
+        assert not cli_submit._none_left([str(job.pid)], local=True)
+        job.kill()
+    assert cli_submit._none_left([str(job.pid)], local=True)
+
+
+def test_the_last_words_of_jobs_that_are_gone_are_heard(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object) -> Queue:
+        run.write_status(state="stopped", reason="time limit")
+        return Queue({"7": Job("7", "FAILED")}, known=True)
+
+    monkeypatch.setattr(queue, "ask_queue", gone)
+    with pytest.raises(RunStopped, match="time limit"):
+        cli_submit._follow([(run, "7")], local=False)
+
+
+def test_the_queue_is_asked_much_less_often_than_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For days, by every user: the controller has other work."""
+    looks: list[str] = []
+    asked: list[int] = []
+
+    def rest(_: float) -> None:
+        looks.append("")
+        if len(looks) == 30:
+            run.write_status(state="done")
+
+    def answer(_: object) -> Queue:
+        asked.append(len(looks))
+        return Queue({"7": Job("7", "RUNNING")}, known=True)
+
+    monkeypatch.setattr(cli_submit, "QUEUE_EVERY_S", 3600.0)
+    monkeypatch.setattr(time, "sleep", rest)
+    monkeypatch.setattr(queue, "ask_queue", answer)
+    cli_submit._follow([(run, "7")], local=False)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("answer", [Queue(silent=True), Queue({"7": Job("7", "PENDING")}, known=True)])
+def test_a_queue_that_is_silent_ends_nothing(answer: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "ask_queue", lambda _: answer)
+    assert not cli_submit._none_left(["7"], local=False)
+    monkeypatch.setattr(queue, "ask_queue", lambda _: Queue(known=True))
+    assert cli_submit._none_left(["7"], local=False)
