@@ -72,7 +72,10 @@ def logs(
     found = find_run(run)
     if not sources(found, rank):
         of = "" if rank is None else f" of node or rank {rank}"
-        sys.stderr.write(f"no log files{of} in {found.path} yet; what `train` shows is not kept in a file\n")
+        why = "what `train` shows is not kept in a file"
+        if (found.path / "slurm" / "job.json").is_file():
+            why = "its job has not started, or the nodes do not see this folder"
+        sys.stderr.write(f"no log files{of} in {found.path} yet; {why}\n")
         if not follow:
             return
     follower = Follower(found, rank=rank, tail=tail)

@@ -180,6 +180,9 @@ def test_a_run_without_logs_says_so(run: RunDir, run_cli: RunCli) -> None:
     done = run_cli("logs", run.path)
     assert (done.returncode, done.stdout) == (0, "")
     assert "no log files" in done.stderr
+    assert "not kept in a file" in done.stderr
+    write(run, "slurm/job.json", '{"jobs": [{"job_id": "12"}]}')
+    assert "the nodes do not see this folder" in run_cli("logs", run.path).stderr
 
 
 def test_following_ends_with_the_run(run: RunDir) -> None:
