@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -106,6 +107,16 @@ def hub(serve: Serve, tmp_path: Path, tiny_model_dir: Path) -> Hub:
     return serve(Hub(folder))
 
 
+@pytest.fixture(autouse=True)
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without SLURM is refused before anything is looked for. It refuses whatever it is given."""
+    pytest.importorskip("submitit")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
 @pytest.fixture
 def login(hub: Hub, tmp_path: Path, no_proxy: dict[str, str | None]) -> dict[str, str | None]:
     """The environment of a login node, which has a network and a cache of its own."""
@@ -115,7 +126,6 @@ def login(hub: Hub, tmp_path: Path, no_proxy: dict[str, str | None]) -> dict[str
 def test_everything_is_fetched_and_the_job_needs_no_network(
     run_cli: RunCli, login: dict[str, str | None], hub: Hub, tmp_path: Path
 ) -> None:
-    pytest.importorskip("submitit")
     done = run_cli("submit", "smoke", *FIELDS, "--local", "--wait", env=login)
     logs = "".join(path.read_text() for path in (tmp_path / "runs" / "far" / "slurm").glob("*_log.err"))
     assert done.returncode == 0, done.stderr + logs
