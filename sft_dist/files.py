@@ -5,15 +5,19 @@ A reader on another host sees the old file or the new one, never half of one.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import errno
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def utc_now() -> str:
@@ -87,6 +91,40 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
             line = "\n" + line
         stream.write(line.encode("utf-8", "backslashreplace"))
+
+
+class PatientJsonl:
+    """Appends to a JSON Lines file; rows that cannot be written (the disk is full) wait for the next one's turn.
+
+    For what a long computation says while it goes: no reason to end it. Said once each time that it begins.
+    """
+
+    def __init__(self, path: Path, keep: int = 10_000) -> None:
+        self.path = path
+        self.lost = 0
+        """Rows beyond the `keep` that wait: the oldest ones are given up."""
+        self._waiting: collections.deque[dict[str, Any]] = collections.deque()
+        self._keep = keep
+        self._failing = False
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._waiting.append(row)
+        if self.flush() > self._keep:
+            self._waiting.popleft()
+            self.lost += 1
+
+    def flush(self) -> int:
+        """Try once to write what waits; returns how many rows are missing in the file."""
+        try:
+            while self._waiting:
+                append_jsonl(self.path, self._waiting[0])
+                self._waiting.popleft()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s cannot be written (%s); its rows are kept in memory", self.path.name, error.strerror)
+            self._failing = True
+        return self.lost + len(self._waiting)
 
 
 def read_json(path: Path) -> Any:

@@ -148,9 +148,11 @@ def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | Non
     current.facts.update({name: ended[name] for name in OUTCOME[1:] if ended.get(name) is not None})
     if ended.get("state") == "failed":
         raise failure(str(ended["reason"]), ended.get("exit_status") or 1)
-    if ended.get("state") == "stopped" and (status == 0 or current.stop.heard):
+    if ended.get("state") == "stopped":
         raise RunStopped(str(ended["reason"]))
     if status == 0 and (run.model / "DONE").is_file():
+        if current.stop.heard:
+            raise RunStopped("stopped after the last step; the model is complete")
         return
     if current.stop.heard:
         raise RunStopped(f"stopped by {current.stop.reason} before the first step")

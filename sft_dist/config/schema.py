@@ -142,6 +142,8 @@ class TrainConfig(Section):
     """The run fails when the loss or the gradient was not finite in so many steps in a row; no checkpoint is saved from weights that are not finite."""
     hang_timeout: Positive | Auto | None = "auto"
     """Seconds that a process may spend in one step without a sign of life, before the run ends as hung with the stacks of all processes in logs/; `auto` is 20 of its usual steps, at least 300 and at most 1200 s, null is off. Loading, saving and the first step have longer limits of their own."""
+    stop_timeout: Positive | Auto | None = "auto"
+    """Seconds between the signal to stop and the moment at which all must be over: 15 s before, or at half of it, processes that have not ended are named, their stacks written to logs/, and killed. `auto` is `slurm.signal_delay_s` where SLURM sent the signal, else 600 s, or twice a step and a save if that is longer; null waits for ever. A run of one process outside of a job waits for itself."""
     extra: dict[str, Any] = {}
     """More fields of TRL's SFTConfig, by their own names; those that sft-dist sets itself are refused."""
 

@@ -108,6 +108,15 @@ def reason(everyone: Sequence[Seen], report: str) -> str:
     return f"{text} ({_allowed(limit)}); {report}"
 
 
+def overdue(everyone: Sequence[Seen], asked: str, seconds: float, report: str) -> str:
+    """The line for processes that were told to stop by the signal `asked` and did not within so many seconds."""
+    there = [one for one in everyone if one.phase != "ended" and one.state not in "ZX"]
+    ranks = f"ranks {_listed([one.rank for one in there])}" if len(there) != 1 else f"rank {there[0].rank}"
+    found, sign = culprits(everyone)
+    who = f"; {found[0]} is {_since(found[0])}" + (f", {sign}" if sign else "") if found else ""
+    return f"{ranks} of {len(everyone)} had not ended {seconds:.0f} s after {asked}{who}; {report}"
+
+
 def never_came(count: int, expected: int, seconds: float) -> str:
     """The line for processes that have not started to beat."""
     return f"hang: {expected - count} of {expected} processes have not started after {seconds:.0f} s"

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_dist.jobs.board import board_of
+from sft_dist.jobs.grace import Grace
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.place import Place
+from sft_dist.jobs.stacks import catches, state_of
 from sft_dist.jobs.watchdog import Watchdog
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import accelerate_variables
@@ -51,8 +53,8 @@ def run_workers(run: RunDir, resolved: Resolved, heard: Sequence[int], place: Pl
 
     The workers stand in a session of their own, so that Ctrl-C reaches only this process, and the agent of torchrun,
     which would kill them after 30 s, hears nothing of it: signals are sent to the workers as they are added to `heard`;
-    they agree on a step, save and end. They do so too, within the agent's 30 s, if this process is killed. How they ended
-    is in status.json; an exit status does not survive torchrun. In a job `place` is this task's, and the other tasks are
+    they agree on a step, save and end, or are killed once their time (`train.stop_timeout`) is up. They save, too, within the
+    agent's 30 s, if this process is killed. How they ended is in status.json; an exit status does not survive torchrun. In a job `place` is this task's, and the other tasks are
     told to start their share.
     """
     share = Workers(resolved.layout.processes_per_node, resolved.num_threads if resolved.computes_on_host else None)
@@ -77,7 +79,9 @@ def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -
         extra = {name: str(value) for name, value in {**alone, **meeting}.items()}
         before = oom_kills()
         status = _run(run, [sys.executable, *arguments], share, heard, over, extra, place, agent_is_worker=True)
-        if status < 0 and not (over() or board.said("hang")):  # else it was ended here, because of another one
+        if status < 0 and not (
+            over() or board.said("hang") or board.said("overdue")
+        ):  # else it was ended here, because of another one
             leave_ending(run, place.task, 0, -status, oom_kills=oom_kills() - before)
         return status
     meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
@@ -106,17 +110,16 @@ def _run(
     if share.threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(share.threads))
     agent = subprocess.Popen(command, env=environment, stdout=STDERR, start_new_session=True, preexec_fn=_as_agent)
-    passed_on, look, deadline = 0, time.monotonic() + LOOK_S, None
+    passed_on, look, deadline, grace = 0, time.monotonic() + LOOK_S, None, Grace(run, place, heard)
     try:
         while agent.poll() is None:
-            workers: list[int] = []
-            if len(heard) > passed_on:
+            if len(heard) > passed_on or grace.over():
                 workers = [agent.pid] if agent_is_worker else children(agent.pid)
-            for number in heard[passed_on:] if workers else ():  # until there are workers, nobody would hear it
-                passed_on += 1
-                for worker in workers:
-                    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                        os.kill(worker, number)
+                workers = [pid for pid in workers if state_of(pid) not in "XZ"]
+                passed_on += _pass_on(heard[passed_on:], workers)
+                if grace.over() and agent.poll() is None:
+                    watchdog.give_up(grace.asked, grace.seconds or 0.0, workers)
+                    _kill(agent)
             if over is not None and deadline is None and time.monotonic() > look:
                 look = time.monotonic() + LOOK_S
                 deadline = look + PATIENCE_S if over() else None
@@ -131,6 +134,20 @@ def _run(
     return agent.returncode
 
 
+def _pass_on(numbers: Sequence[int], workers: Sequence[int]) -> int:
+    """Send the workers these signals, and return how many. None as long as one could not hear it.
+
+    Python needs a moment to set its handlers: until then SIGUSR1 and SIGUSR2 are lost, and others kill without a word.
+    """
+    for sent, number in enumerate(numbers):
+        if not workers or not all(catches(worker, number) for worker in workers):
+            return sent
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(worker, number)
+    return len(numbers)
+
+
 def run_alone(arguments: list[str]) -> int:
     """Run `python ARGUMENTS` and wait for it; its exit status. It ends with this process, whatever ends that."""
     process = subprocess.Popen(
@@ -141,7 +158,11 @@ def run_alone(arguments: list[str]) -> int:
             time.sleep(POLL_S)
     except BaseException:
         process.terminate()
-        process.wait()
+        try:
+            process.wait()
+        except BaseException:  # asked a second time
+            process.kill()
+            raise
         raise
     return process.returncode
 

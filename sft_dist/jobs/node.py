@@ -25,6 +25,7 @@ from typing import Any
 
 from sft_dist.files import read_jsonl, write_text
 from sft_dist.jobs.board import board_of
+from sft_dist.jobs.grace import Grace
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending
 from sft_dist.jobs.launcher import PR_SET_PDEATHSIG, Workers, run_share
@@ -88,11 +89,15 @@ def _lead(place: Place, heard: list[int]) -> int:
     board, run = board_of(place), RunDir(Path(place.run))
     before, kills = len(read_jsonl(run.attempts)), oom_kills()
     supervisor = subprocess.Popen([sys.executable, "-m", "sft_dist.supervise", place.run], preexec_fn=_hold_signals)
-    passed_on = 0
+    passed_on, grace = 0, Grace(run, place, heard)
     while supervisor.poll() is None:
         for number in heard[passed_on:]:
             passed_on += 1
             supervisor.send_signal(number)
+        if grace.over() and not board.said("train"):  # it trains itself, and nobody else ends it
+            supervisor.kill()
+            supervisor.wait()
+            bury(run, place, now=True, asked=heard[0])
         time.sleep(POLL_S)
     if supervisor.returncode < 0:  # killed: it has left no record, and its workers save and end
         deadline = time.monotonic() + LEAVE_S
@@ -119,8 +124,9 @@ def _follow(place: Place, heard: list[int]) -> int:
     if started and not board.said("end"):
         share = Workers(int(started[-1]["processes"]), started[-1].get("threads"))
         status = run_share(run, share, heard, place)
-        # The agent was hit by the signal, too, before it had a handler or after.
-        asked = bool(heard) and status in (128 + signal.SIGTERM, -signal.SIGTERM)
+        # The agent was hit by the signal, too, before it had a handler or after, or did not end and was killed.
+        ended_by_it = status in (128 + signal.SIGTERM, -signal.SIGTERM) or bool(board.said("overdue"))
+        asked = bool(heard) and ended_by_it
         if status != 0 and not asked and not board.said("end"):
             if run.read_status().get("state") != "failed":
                 reason = f"the processes on {place.nodes[place.node]} ended with exit status {status}"

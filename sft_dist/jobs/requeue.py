@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
+import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,10 +111,11 @@ def exclude_list(run: RunDir, job_id: str | None) -> str:
     return ",".join([*([named] if named else []), *found])
 
 
-def bury(run: RunDir, place: Place | None = None, *, now: bool = False) -> dict[str, Any] | None:
+def bury(run: RunDir, place: Place | None = None, *, now: bool = False, asked: int = 0) -> dict[str, Any] | None:
     """Put the attempt on record that ended without doing so itself, if there is one; returns its line.
 
-    With `now` it is the attempt of this very start of the job, and what follows is decided, too.
+    With `now` it is the attempt of this very start of the job, and what follows is decided, too. `asked` is the signal that it
+    did not obey in time.
     """
     status = run.read_status()
     attempt = status.get("attempt") or 0
@@ -126,9 +129,17 @@ def bury(run: RunDir, place: Place | None = None, *, now: bool = False) -> dict[
         line["restart"] = place.restart - 1
         past = ask_past(place.job)
     reason = str(status.get("reason") or "it ended without a word")
-    failure = classify(Evidence(words=read_words(run, attempt), job=past, reason=reason))
-    verdict = judge(run, place, "failed", failure, line) if now else Verdict("", failure.sentence, "lost")
-    line |= {"ended": "failed", "reason": verdict.reason, "failure": failure.facts(), "decided": verdict.decided}
+    state = "stopped" if asked else "failed"
+    if asked:
+        reason = f"it had not ended in time after {signal.Signals(asked).name}, and was killed without a save"
+    evidence = Evidence(words=read_words(run, attempt), job=past, reason=reason)
+    if asked:
+        evidence = dataclasses.replace(
+            evidence, state=state, number=asked, in_job=True, cancelled=run.cancelled.exists()
+        )
+    failure = classify(evidence)
+    verdict = judge(run, place, state, failure, line) if now else Verdict("", failure.sentence, "lost")
+    line |= {"ended": state, "reason": verdict.reason, "failure": failure.facts(), "decided": verdict.decided}
     if verdict.without:
         line["without"] = verdict.without
     append_jsonl(run.attempts, line)

@@ -71,6 +71,15 @@ def state_of(pid: int) -> str:
         return "X"
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for the signal `number`."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 def kernel_lines(pid: int) -> list[str]:
     """What /proc says of a process beside its state, as far as it may be read."""
     lines = []
@@ -153,11 +162,7 @@ def _cannot_answer(pid: int) -> str | None:
         return "it has ended"
     if state in "Tt":
         return "it is stopped and cannot answer (install py-spy to see the stacks of stopped processes)"
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:") and int(line.split()[1], 16) >> (DUMP_SIGNAL - 1) & 1:
-                return None
-    return "it has not started far enough to answer"
+    return None if catches(pid, DUMP_SIGNAL) else "it has not started far enough to answer"
 
 
 def _size(path: Path) -> int:

@@ -21,7 +21,8 @@ from sft_dist.errors import SftDistError
 from sft_dist.files import utc_now, write_text
 from sft_dist.jobs.beats import BEATS, Beat, make_folder, read_beats, remove_folder
 from sft_dist.jobs.board import board_of
-from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, culprits, limit_s, never_came, reason, seen_from
+from sft_dist.jobs.decision import reached
+from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, culprits, limit_s, never_came, overdue, reason, seen_from
 from sft_dist.jobs.last_words import leave_kind
 from sft_dist.jobs.place import Place
 from sft_dist.jobs.stacks import ask_flight_recorder, dump_stacks, flight_recorder, report_text, state_of, waits
@@ -96,6 +97,8 @@ class Watchdog:
         self.node = socket.gethostname() if place is None else place.nodes[place.node]
         self.verdict: str | None = None
         """The reason on record once something has hung."""
+        self.state = "failed"
+        """Of the run, with this reason: `stopped` if it only took too long to stop."""
         self.culprit: Seen | None = None
         """The process that it is put down to, if one can be told."""
         self.folder: Path | None = None
@@ -136,42 +139,70 @@ class Watchdog:
         """Whether another node has noticed a hang."""
         return self.place is not None and self.watch.quiet() and bool(board_of(self.place).said("hang"))
 
+    def give_up(self, asked: str, seconds: float, workers: Sequence[int]) -> None:
+        """Put on record that workers were told to stop by the signal `asked`, and have not ended after so many seconds.
+
+        Whoever calls it must kill them.
+        """
+        if self.folder is not None:
+            self.watch.see(read_beats(self.folder), time.monotonic())
+        everyone, stacks, pids, name = self._examine("overdue", workers)
+        saved = reached(self.run)["checkpoint"]
+        kept = f"the run goes on from checkpoint-{saved}" if saved else "there is no checkpoint to go on from"
+        self.state = "stopped"
+        self.verdict = overdue(everyone, asked, seconds, f"{kept}; stacks in logs/{name}")
+        self._publish(name, everyone, stacks, pids)
+
     def _settle(self) -> None:
         """Find out, say it, write it down, and ask the workers to end."""
-        mine = self.watch.seen(self.node)
-        pids = {one.rank: one.pid for one in mine if one.state not in "XZ" and one.phase != "ended"}
-        if self.folder is not None and ask_flight_recorder(self.folder):
-            time.sleep(NCCL_S)
-        stacks = dump_stacks(self.run.logs, pids)
-        mine = [dataclasses.replace(one, waits=waits(stacks.get(one.rank, ""))) for one in mine]
-        everyone = self._with_others(mine)
-        name = f"hang-{self.node}.txt"
-        if self.place is not None and self.place.tasks_per_node > 1:
-            name = f"hang-{self.node}.{self.place.local_task}.txt"
+        everyone, stacks, pids, name = self._examine("hang")
         if self.watch.missing() or not everyone:
             self.verdict = never_came(len(self.watch.beats), self.watch.expected, self.watch.waited)
         else:
             self.verdict = reason(everyone, f"stacks in logs/{name}")
             self.culprit = next(iter(culprits(everyone)[0]), None)
+        self._publish(name, everyone, stacks, pids)
+        _ask_to_end(list(pids.values()))
+
+    def _examine(
+        self, word: str, workers: Sequence[int] = ()
+    ) -> tuple[list[Seen], dict[int, str], dict[int, int], str]:
+        """The processes of all nodes, those of this one with their stacks and numbers, and the name for a report.
+
+        `workers` are the processes here, for those that do not beat.
+        """
+        mine = self.watch.seen(self.node)
+        silent = [pid for pid in workers if pid not in {one.pid for one in mine}]
+        unknown = [rank for rank in range(len(mine) + len(silent)) if rank not in self.watch.beats]
+        for rank, pid in zip(unknown, silent, strict=False):
+            mine.append(Seen(rank, self.node, pid, 0, "start", 0.0, float("inf"), state_of(pid)))
+        pids = {one.rank: one.pid for one in mine if one.state not in "XZ" and one.phase != "ended"}
+        if self.folder is not None and ask_flight_recorder(self.folder):
+            time.sleep(NCCL_S)
+        stacks = dump_stacks(self.run.logs, pids)
+        mine = [dataclasses.replace(one, waits=waits(stacks.get(one.rank, ""))) for one in mine]
+        task = f".{self.place.local_task}" if self.place is not None and self.place.tasks_per_node > 1 else ""
+        return self._with_others(mine, word), stacks, pids, f"{word}-{self.node}{task}.txt"
+
+    def _publish(self, name: str, everyone: list[Seen], stacks: dict[int, str], pids: dict[int, int]) -> None:
         title = f"{utc_now()} {self.verdict}"
         lines = [_line(one) for one in sorted(everyone, key=lambda one: one.rank)]
         with contextlib.suppress(OSError):
             write_text(self.run.logs / name, report_text(title, lines, stacks, pids))
         log.error("%s", self.verdict)
         self._record()
-        _ask_to_end(list(pids.values()))
 
-    def _with_others(self, mine: list[Seen]) -> list[Seen]:
+    def _with_others(self, mine: list[Seen], word: str) -> list[Seen]:
         """Those of all nodes, as far as they say so in time."""
         if self.place is None:
             return mine
         board = board_of(self.place)
-        board.say("hang", ranks=[one.facts() for one in mine])
+        board.say(word, ranks=[one.facts() for one in mine])
         deadline = time.monotonic() + OTHERS_S
-        said = board.said("hang")
+        said = board.said(word)
         while len({entry.get("task") for entry in said}) < self.place.tasks and time.monotonic() < deadline:
             time.sleep(LOOK_S)
-            said = board.said("hang")
+            said = board.said(word)
         found = {one.rank: one for one in mine}
         for entry in said:
             if entry.get("task") != self.place.task:
@@ -179,8 +210,11 @@ class Watchdog:
         return list(found.values())
 
     def _record(self) -> None:
+        status = 0 if self.state == "stopped" else 1
         with contextlib.suppress(OSError):
-            self.run.write_status(state="failed", reason=self.verdict, exit_status=1)
+            self.run.write_status(state=self.state, reason=self.verdict, exit_status=status)
+        if self.state == "stopped":
+            return
         named = self.culprit
         leave_kind(self.run, "hang", self.verdict or "", named.rank if named else None, named.host if named else None)
 

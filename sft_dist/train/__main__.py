@@ -26,7 +26,7 @@ from sft_dist.parallel.world import World, this_world, with_told
 from sft_dist.process import begin, leave_out, libraries_are_in
 from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train import heartbeat
-from sft_dist.train.attempt import Attempt, attempt, joined
+from sft_dist.train.attempt import TWICE, Attempt, attempt, joined
 from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
 from sft_dist.train.shutdown import Interrupted, StopRequest
 
@@ -74,12 +74,10 @@ def main(arguments: list[str]) -> int:
     except MainFailed as error:
         _let_main_tell()
         return exit_status(error)
+    except KeyboardInterrupt:
+        return _stopped(Interrupted(TWICE), world)
     except RunStopped as error:
-        # Whoever holds the attempt says it. A launcher takes any other status for a failure and ends the processes that
-        # are still saving.
-        if world.rank == 0 and not os.environ.get(ATTEMPT_HELD):
-            sys.stderr.write(explained(error))
-        return 0 if world.launched and not isinstance(error, Interrupted) else exit_status(error)
+        return _stopped(error, world)
     except (SftDistError, OSError) as error:
         # A wrong config is wrong for every process, and what fails before they meet fails for all of a node.
         if world.rank == 0:
@@ -93,6 +91,23 @@ def main(arguments: list[str]) -> int:
     finally:
         leave()
     return 0
+
+
+def _stopped(error: RunStopped, world: World) -> int:
+    """The exit status of a process that was asked to stop. Whoever holds the attempt says it.
+
+    A launcher takes any other status than 0 for a failure and ends the processes that are still saving.
+    """
+    run = held_run(ATTEMPT_HELD)
+    if world.rank == 0 and run is None:
+        sys.stderr.write(explained(error))
+    if not world.launched or not isinstance(error, Interrupted):
+        return 0 if world.launched else exit_status(error)
+    # It left by itself, perhaps before it had entered the run: the others will only miss it.
+    with contextlib.suppress(OSError):
+        if run is not None and run.read_status().get("state") == "running":
+            run.write_status(state="stopped", reason=error.message)
+    return exit_status(error)
 
 
 def _let_main_tell() -> None:

@@ -13,10 +13,11 @@ from sft_dist.errors import RunStopped, SftDistError, exit_status
 from sft_dist.files import append_jsonl, read_jsonl, utc_now
 from sft_dist.rundir import RunDir
 from sft_dist.train.ranks import MainFailed
-from sft_dist.train.shutdown import StopRequest
+from sft_dist.train.shutdown import Interrupted, StopRequest
 
 # What workers leave in status.json for the launcher that keeps the record.
 OUTCOME = ("exit_status", "first_step", "last_step", "accepted_change")
+TWICE = "interrupted twice, without a save"
 
 
 class Settle(Protocol):
@@ -70,15 +71,24 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
             yield current
         except RunStopped as error:
             outcome |= {"state": "stopped", "reason": error.message}
+            # The others, which did not agree, only miss this one: that is not why the attempt ends.
+            reports = reports or isinstance(error, Interrupted)
             raise
+        except KeyboardInterrupt:
+            outcome |= {"state": "stopped", "reason": TWICE}
+            reports = True
+            raise Interrupted(TWICE) from None
         except MainFailed:
             raise
         except BaseException as error:
             outcome |= {"state": "failed", "reason": _one_line(error), "exit_status": exit_status(error)}
             raise
         finally:
-            # The first failure is the cause: the others follow when they miss their peer, or when torchrun ends them.
-            if (reports or outcome["state"] == "failed") and run.read_status().get("state") != "failed":
+            # The first word is the cause: the others follow when they miss their peer, or when torchrun ends them.
+            if (reports or outcome["state"] == "failed") and run.read_status().get("state") not in (
+                "failed",
+                "stopped",
+            ):
                 with contextlib.suppress(OSError):
                     run.write_status(**outcome, **current.facts)
 
@@ -97,19 +107,22 @@ def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
             stop.release()
             yield current
         except (RunStopped, KeyboardInterrupt) as error:
-            stopped = error if isinstance(error, RunStopped) else RunStopped("interrupted twice, without a save")
+            stopped = error if isinstance(error, RunStopped) else Interrupted(TWICE)
             stopped.hint = stopped.hint or f"go on with: sft-dist resume {run.path}"
             state, reason = "stopped", stopped.message
             raise stopped from None
         except BaseException as error:
-            said = run.read_status()  # another worker may have failed first
-            state, reason = "failed", said["reason"] if said.get("state") == "failed" else _one_line(error)
+            said = run.read_status()  # another worker may have failed first, or have left because it was told to
+            told = said.get("state") in ("failed", "stopped")
+            state, reason = (said["state"], said["reason"]) if told else ("failed", _one_line(error))
             raise
         finally:
             line = {**start, "end": utc_now(), **current.facts, "ended": state, "reason": reason}
             if settle is not None:
-                state, reason, facts = settle(state, reason, stop.number, current.complete)
-                line |= facts
+                # Finding out why may take seconds, and a second Ctrl-C ends that; but not the record.
+                with contextlib.suppress(KeyboardInterrupt):
+                    state, reason, facts = settle(state, reason, stop.number, current.complete)
+                    line |= facts
             # On a full disk the record cannot be written either; the failure itself is what the user must see.
             with contextlib.suppress(OSError) if state == "failed" else contextlib.nullcontext():
                 append_jsonl(run.attempts, line)

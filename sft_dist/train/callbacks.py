@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
-import uuid
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_dist.config.schema import Config
-from sft_dist.files import append_jsonl, read_jsonl, utc_now, write_jsonl, write_text
+from sft_dist.files import PatientJsonl, read_jsonl, utc_now, write_jsonl
 from sft_dist.rundir import RunDir
-from sft_dist.train import universal
 from sft_dist.train.forecast import write_measurements
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.saving import Saves
 from sft_dist.train.shutdown import StopRequest
+from sft_dist.train.step_facts import EvaluationLeft
 
 log = logging.getLogger(__name__)
 # status.json is a file on a shared filesystem: often enough to follow a run, rarely enough not to load it.
 STATUS_EVERY_S = 5.0
-
-
-class CutAnew(TrainerCallback):  # type: ignore[misc]
-    """Once a universal copy of a checkpoint is loaded: mends the optimizer and removes the copy. Every process has one."""
-
-    def __init__(self, checkpoint: Path, ranks: Ranks) -> None:
-        self.checkpoint, self.ranks = checkpoint, ranks
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The first event after the load."""
-        zero = kwargs["optimizer"].optimizer  # accelerate's wrapper of DeepSpeed's wrapper of AdamW
-        universal.mend(zero.optimizer, self.checkpoint)
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            universal.discard(self.checkpoint)
 
 
 class RunRecorder(TrainerCallback):  # type: ignore[misc]
@@ -63,6 +42,9 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.run, self.config, self.stop, self.progress, self.saves = run, config, stop, progress, saves
         self.ranks = ranks or Ranks()
+        self._rows, self._told = PatientJsonl(run.metrics), False
+        self.metrics_lost = 0
+        """Rows that metrics.jsonl lacks, since they could not be written."""
         self.mfu_per_speed = mfu_per_speed
         """Share of the GPU's peak for each token/s and GPU; None where it is not known."""
         self._step_seconds: list[float] = []
@@ -102,20 +84,32 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.saves.poll()
         asked = self.ranks.largest(self.stop.number)
         if asked and not control.should_training_stop:
-            self.stopped_by = signal.Signals(asked).name
-            if self.ranks.is_main:
-                log.warning("%s at step %d: saving a checkpoint, then stopping", self.stopped_by, state.global_step)
+            self._agree(asked, state)
+            self._leave_evaluation(state, control)
             control.should_save = control.should_log = control.should_training_stop = True
         if self.ranks.is_main and now - self._status_time >= STATUS_EVERY_S:
             self._status_time = now
-            self.run.write_status(state="running", step=state.global_step, max_steps=state.max_steps)
+            self._tell(state="running", step=state.global_step, max_steps=state.max_steps)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation is given up at the same batch on every process, unless the choice of a checkpoint depends on it."""
+        if state.global_step >= state.max_steps or args.metric_for_best_model is not None:
+            return
+        asked = self.ranks.largest(self.stop.number)
+        if asked:
+            self._agree(asked, state)
+            self._leave_evaluation(state)
+            raise EvaluationLeft
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A stopping run has saved already; what is due at the end of an epoch would only cost its last minutes."""
         if self.stopped_by:
-            control.should_evaluate = control.should_save = False
+            self._leave_evaluation(state, control)
+            control.should_save = False
 
     def on_log(
         self,
@@ -141,14 +135,15 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             row["tokens"] = self._tokens_before + int(tokens)
             row["memory_gib"] = round(_peak_memory_gib(), 3)
             self._tokens, self._seconds = tokens, 0.0
-        append_jsonl(self.run.metrics, row)
+        self._rows.append(row)
         self.progress.metrics(row)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A row on how long the training stood still; the checkpoint counts once the rest of it is done."""
         if self.ranks.is_main:
-            row = {"time": utc_now(), "step": state.global_step, "save_stall_s": round(self.saves.stall_s, 3)}
-            append_jsonl(self.run.metrics, row)
+            self._rows.append(
+                {"time": utc_now(), "step": state.global_step, "save_stall_s": round(self.saves.stall_s, 3)}
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +154,10 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         peak = max(self.ranks.everyones(_peak_memory_gib()))
         if not self.ranks.is_main:
             return
-        self.run.write_status(step=state.global_step, max_steps=state.max_steps)
+        if missing := self._rows.flush():
+            log.warning("%d rows of metrics.jsonl could not be written", missing)
+            self.metrics_lost = missing
+        self._tell(step=state.global_step, max_steps=state.max_steps)
         write_measurements(
             self.run,
             peak_memory_gib=peak,
@@ -168,6 +166,27 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             processes=self.ranks.size,
             mfu_per_speed=self.mfu_per_speed,
         )
+
+    def _agree(self, asked: int, state: TrainerState) -> None:
+        self.stopped_by, self.stop.agreed = signal.Signals(asked).name, True
+        if self.ranks.is_main:
+            log.warning("%s at step %d: saving a checkpoint, then stopping", self.stopped_by, state.global_step)
+
+    def _leave_evaluation(self, state: TrainerState, control: TrainerControl | None = None) -> None:
+        """For the resume (train/after_resume.py): the time between a cluster's warning and its kill is for the save."""
+        if (control is None or control.should_evaluate) and self.ranks.is_main:
+            log.warning("the evaluation due at step %d comes after the resume", state.global_step)
+        if control is not None:
+            control.should_evaluate = False
+
+    def _tell(self, **fields: Any) -> None:
+        """status.json is for readers: if it cannot be written, the training goes on."""
+        try:
+            self.run.write_status(**fields)
+        except OSError as error:
+            if not self._told:
+                log.warning("status.json could not be written: %s", error.strerror)
+            self._told = True
 
 
 def _peak_memory_gib() -> float:
@@ -178,62 +197,3 @@ def _peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated() / 2**30)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
-
-
-class Guarded(TrainerCallback):  # type: ignore[misc]
-    """A tracker's callback whose failures are reported once and never reach the training."""
-
-    def __init__(self, name: str, callback: TrainerCallback) -> None:
-        self.name, self.callback, self.failed = name, callback, False
-
-    def __getattribute__(self, attribute: str) -> Any:
-        if not attribute.startswith("on_"):
-            return super().__getattribute__(attribute)
-        handler: Callable[..., Any] | None = getattr(self.callback, attribute, None)
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            if self.failed or handler is None:
-                return
-            try:
-                handler(*args, **kwargs)
-            except Exception as error:
-                self.failed = True
-                log.warning("%s failed and is off for the rest of this run; training goes on: %s", self.name, error)
-
-        return call
-
-
-def wandb_run_id(run: RunDir) -> str:
-    """wandb's name of the run; kept in its folder, so that each further attempt goes on with the same curve."""
-    path = run.logs / "wandb_run_id"
-    if not path.is_file():
-        write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text(encoding="utf-8").strip()
-
-
-def trackers(config: Config, run: RunDir) -> list[TrainerCallback]:
-    """transformers' own integrations for `tracking.report_to`, guarded; one that is not installed is named and left out.
-
-    What they write lands in the run's folder, and each attempt at a run goes on with the same run of wandb.
-    """
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    defaults = {
-        "WANDB_PROJECT": config.tracking.project,
-        "WANDB_NAME": run.name,
-        "TENSORBOARD_LOGGING_DIR": str(run.logs / "tensorboard"),
-        **({"WANDB_MODE": config.tracking.wandb_mode} if config.tracking.wandb_mode else {}),
-    }
-    if "wandb" in config.tracking.report_to:
-        defaults |= {"WANDB_RUN_ID": wandb_run_id(run), "WANDB_RESUME": "allow"}
-        os.environ["WANDB_DIR"] = str(run.logs)  # whatever the user's shell says: `sync` looks for it here
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    run.logs.mkdir(parents=True, exist_ok=True)
-    guarded: list[TrainerCallback] = []
-    for name in config.tracking.report_to:
-        try:
-            guarded += [Guarded(name, callback()) for callback in get_reporting_integration_callbacks([name])]
-        except Exception as error:
-            log.warning("tracking.report_to: %s is left out: %s", name, error)
-    return guarded

@@ -29,11 +29,14 @@ class StopRequest:
 
     Outside of `deferred` there is nothing to save and a signal raises Interrupted where it arrives; inside it is noted.
     A second SIGINT raises KeyboardInterrupt at once: whoever presses Ctrl-C twice does not want to wait for a save.
+    What one of two nested contexts has heard is no news to the outer one.
     """
 
     def __init__(self) -> None:
         self.heard: list[int] = []
         """The signals that arrived, in order."""
+        self.agreed = False
+        """Whether the processes have agreed to stop, because of any one's signal: this one's may still be on its way."""
         self._deferred = False
         self._previous: dict[signal.Signals, object] = {}
 
@@ -66,6 +69,10 @@ class StopRequest:
             self._deferred = False
 
     def __exit__(self, *_: object) -> None:
+        for outer in {getattr(handler, "__self__", None) for handler in self._previous.values()}:
+            if isinstance(outer, StopRequest):
+                outer.heard += self.heard
+                outer.agreed = outer.agreed or self.agreed
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -74,6 +81,7 @@ class StopRequest:
         self.heard.append(number)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        # Only the first: a cluster's signal may come twice, and must not interrupt the record of the stop.
-        if not self._deferred and not again:
+        # Only the first: a cluster's signal may come twice, or to one process later than to others, and must not interrupt
+        # the record of the stop.
+        if not self._deferred and not again and not self.agreed:
             raise Interrupted(f"stopped by {self.reason} outside of the training")

@@ -76,10 +76,15 @@ class StepFacts:
         self.own = Stopwatch()
 
 
+class EvaluationLeft(Exception):
+    """Raised out of an evaluation, at the same batch on every process: the run is to save and stop instead."""
+
+
 class WatchedTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that notes `step_facts`."""
 
     step_facts: StepFacts
+    _counts: dict[str, torch.Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step_facts = StepFacts()
@@ -116,6 +121,16 @@ class WatchedTrainer(SFTTrainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(model, grad_norm)
         self.step_facts.gradient_norm = norm
         return norm
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', unless a stop ends it early: then the checkpoint of this step is next, and the end."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationLeft:
+            self._counts.pop("eval", None)
+            self._metrics["eval"].clear()
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """As transformers', but one loss that is not finite does not make all later ones so in the log.

@@ -42,18 +42,18 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     the first step.
     """
     config = resolved.config
+    from sft_dist.train.after_resume import CutAnew, LateEvaluation
     from sft_dist.train.arguments import sft_config
-    from sft_dist.train.attention import register
-    from sft_dist.train.callbacks import CutAnew, RunRecorder, trackers
+    from sft_dist.train.callbacks import RunRecorder
     from sft_dist.train.environment import run_facts
     from sft_dist.train.forecast import write_forecast
     from sft_dist.train.health import Health
     from sft_dist.train.publish import publish_model
     from sft_dist.train.resume import resume_from
     from sft_dist.train.tokenizer import load_tokenizer
+    from sft_dist.train.trackers import missed_rows, trackers
     from sft_dist.train.trainer import build_trainer
 
-    register()
     tokens = load_tokenizer(config.model)
     prepared = _prepare(run, config, tokens, ranks)
     resolved = _refine(run, resolved, prepared.ledger, ranks)
@@ -61,11 +61,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     resume = resume_from(run, facts, ranks)
     if resume is not None and resume.accepted:
         current.facts["accepted_change"] = resume.accepted
-    if resolved.layout.plan.engine == "deepspeed":
-        tell_deepspeed(use_cpu=resolved.use_cpu)
-    if resolved.layout.plan.engine == "fsdp2":
-        # transformers asks for it when it loads: only the main process then reads the weights.
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    _tell_libraries(resolved)
     health = Health(run, config, resolved, ranks)
     saves = _saves(run, resolved, facts, ranks, health)
     # Before the model: from here on transformers knows that each process keeps a share of it only.
@@ -76,9 +72,11 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     progress = Progress(silent=not ranks.is_main)
     recorder = RunRecorder(run, config, current.stop, progress, saves, ranks, forecast)
     cut = [CutAnew(resume.checkpoint, ranks)] if resume is not None and resume.universal else []
-    callbacks = health.around([recorder, *(trackers(config, run) if ranks.is_main else ()), *cut])
+    late = LateEvaluation(run, ranks)
+    told = trackers(config, run) if ranks.is_main else []
+    callbacks = health.around([late, recorder, *told, *cut])
     trainer = health.attend(build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks))
-    trainer.saves = saves
+    trainer.saves, late.trainer = saves, trainer
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))
@@ -90,14 +88,29 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         finally:
             progress.end()
             step = trainer.state.global_step
-            current.facts.update(first_step=recorder.first_step, last_step=step)
+            missed = missed_rows(recorder.metrics_lost, told)
+            current.facts.update(first_step=recorder.first_step, last_step=step, **missed)
         if step < trainer.state.max_steps and recorder.stopped_by is None:
             raise SftDistError(f"the rows ended at step {step} of {trainer.state.max_steps}: a loader lost some")
         if step < trainer.state.max_steps:
             raise RunStopped(f"stopped by {recorder.stopped_by} at step {step}, saved as checkpoint-{step}")
         publish_model(run, config, resolved, trainer, tokens, ranks)
-    if ranks.largest(current.stop.number):  # asked during the last step or the publishing: both are done
+        asked = ranks.largest(current.stop.number)
+        current.stop.agreed = ranks.size > 1  # a single process goes on, to ask the model
+    if asked:  # during the last step or the publishing: both are done
         raise RunStopped("stopped after the last step; the model is complete")
+
+
+def _tell_libraries(resolved: Resolved) -> None:
+    """What they must know before the model is loaded."""
+    from sft_dist.train.attention import register
+
+    register()
+    if resolved.layout.plan.engine == "deepspeed":
+        tell_deepspeed(use_cpu=resolved.use_cpu)
+    if resolved.layout.plan.engine == "fsdp2":
+        # transformers asks for it when it loads: only the main process then reads the weights.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def _saves(run: RunDir, resolved: Resolved, facts: dict[str, Any], ranks: Ranks, health: Health) -> Saves:

@@ -15,7 +15,7 @@ import pytest
 
 from sft_dist.jobs.sync import recordings
 from sft_dist.rundir import RunDir
-from sft_dist.train.callbacks import wandb_run_id
+from sft_dist.train.trackers import wandb_run_id
 
 if TYPE_CHECKING:
     from tests.conftest import RunCli

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -192,3 +193,32 @@ def test_the_time_is_utc_to_the_second() -> None:
     text = utc_now()
     assert text.endswith("+00:00")
     assert "." not in text
+
+
+def test_rows_that_cannot_be_written_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sft_dist import files
+
+    real, full = files.append_jsonl, [False]
+
+    def append(path: Path, row: dict[str, Any]) -> None:
+        if full[0]:
+            with path.open("a") as stream:  # a part of the line fits
+                stream.write('{"n": ')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, row)
+
+    monkeypatch.setattr(files, "append_jsonl", append)
+    rows = files.PatientJsonl(tmp_path / "rows.jsonl", keep=3)
+    rows.append({"n": 1})
+    full[0] = True
+    for number in range(2, 7):
+        rows.append({"n": number})
+    assert rows.flush() == 5
+    assert rows.lost == 2
+    assert caplog.text.count("rows.jsonl cannot be written (No space left on device)") == 1
+    full[0] = False
+    rows.append({"n": 7})
+    assert [row["n"] for row in files.read_jsonl(tmp_path / "rows.jsonl")] == [1, 4, 5, 6, 7]
+    assert rows.flush() == 2

@@ -1,0 +1,86 @@
+"""Signals that come twice, late, or to one of several processes only."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sft_dist.errors import RunStopped
+from sft_dist.files import read_jsonl
+from sft_dist.rundir import RunDir
+from sft_dist.train.attempt import TWICE, attempt, joined
+from sft_dist.train.shutdown import Interrupted, StopRequest
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_a_signal_that_comes_after_the_agreement_changes_nothing() -> None:
+    """Another process's signal was first; this one's own is still on its way while it saves and leaves."""
+    with StopRequest() as stop:
+        stop.agreed = True
+        send(TERM, TERM)
+        assert stop.heard == [TERM, TERM]
+
+
+def test_what_the_inner_context_has_heard_is_no_news_to_the_outer_one() -> None:
+    with StopRequest() as outer:
+        with StopRequest() as inner, inner.deferred():
+            send(TERM)
+        send(TERM)
+        assert outer.heard == [TERM, TERM]
+        with StopRequest() as another:
+            another.agreed = True
+        assert outer.agreed
+
+
+def test_a_first_interrupt_after_the_agreement_is_not_a_second_one() -> None:
+    with StopRequest() as stop:
+        stop.agreed = True
+        send(INT)
+        with pytest.raises(KeyboardInterrupt):
+            send(INT)
+
+
+def test_two_interrupts_of_a_worker_leave_at_once_and_say_so(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.write_status(state="running")
+    with pytest.raises(Interrupted, match=TWICE), joined(run, reports=False) as current, current.stop.deferred():
+        send(INT, INT)
+    assert (run.read_status()["state"], run.read_status()["reason"]) == ("stopped", TWICE)
+
+
+def test_a_worker_that_only_missed_the_one_that_was_told_does_not_fail_the_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.write_status(state="running")
+    with pytest.raises(Interrupted), joined(run, reports=False):
+        send(TERM)
+    with pytest.raises(RuntimeError), joined(run, reports=True):
+        raise RuntimeError("Connection closed by peer")
+    assert run.read_status()["state"] == "stopped"
+    assert "SIGTERM" in run.read_status()["reason"]
+
+
+def test_an_interrupt_while_the_end_is_put_down_does_not_lose_the_record(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+
+    class Slow:
+        def begin(self) -> None: ...
+
+        def __call__(self, *_: object) -> tuple[str, str | None, dict[str, object]]:
+            send(INT)
+            raise AssertionError("not interrupted")
+
+    with pytest.raises(RunStopped), attempt(run, Slow()) as current, current.stop.deferred():
+        send(INT)
+        raise RunStopped("stopped by SIGINT at step 3")
+    (line,) = read_jsonl(run.attempts)
+    assert (line["ended"], line["reason"]) == ("stopped", "stopped by SIGINT at step 3")
+    assert run.read_status()["state"] == "stopped"
