@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from sft_dist.files import sync_path, utc_now, write_json
-from sft_dist.train.checkpoint import READERS, _digest, seal, settled
+from sft_dist.train.checkpoint import BESIDE, _digest, seal, settled
 from sft_dist.train.ranks import Ranks
 
 TENSOR = 2_000_000
@@ -83,7 +83,7 @@ def one_save(folder: Path, weights: dict[str, torch.Tensor], states: dict[int, A
         "write torch.save": seconds(lambda: torch.save({"state": states, "param_groups": []}, files[1])),
         "sync": seconds(lambda: [sync_path(path) for path in (*files, folder)]),
     }
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(BESIDE) as pool:
         took["hash"] = seconds(lambda: list(pool.map(_digest, files)))
     took["manifest, synced"] = seconds(lambda: seal(folder, 1, {}, [{}]))
     took["share that waits for no model"] = (took["sync"] + took["hash"]) / sum(took.values())

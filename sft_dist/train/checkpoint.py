@@ -23,7 +23,8 @@ SET_ASIDE = "SET_ASIDE.txt"
 # What a checkpoint is called while it is being removed, so that half of one never bears its name.
 REMOVING = ".removing-"
 PIECE = 16 * 2**20
-READERS = 8
+# Threads of a process that verifies, and of one that finishes a save while it trains on.
+READERS, BESIDE = 8, 2
 # What a manifest says of how its checkpoint was trained, as far as the run that goes on asks.
 OF_PLAN = ("plan", "dtype", "use_cpu", "world_size", "per_device_train_batch_size", "gradient_checkpointing")
 # The fewest complete checkpoints that rotation leaves: the newest may turn out to be damaged.
@@ -56,7 +57,7 @@ def settled(checkpoint: Path, ranks: Ranks, node_share: tuple[int, int] = (0, 1)
     folders = [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]
     number, of = node_share
     mine = files[ranks.rank :: ranks.size]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(BESIDE) as pool:
         list(pool.map(sync_path, [*files, *folders][number::of]))
         digests = list(pool.map(_digest, mine))
     return {

@@ -37,7 +37,7 @@ COMMON = (
 ROWS_24, ROWS_32 = (f"data.train={{task: mix, rows: {rows}, seed: 1}}" for rows in (24, 32))
 DEEPSPEED = ("zero1", "zero2", "zero3")
 # Whole copies, and each way in which an engine writes shards.
-FULL = ("ddp", "zero2", "zero3", "fsdp2")
+FULL = ("ddp", "zero3", "fsdp2")
 OF_4 = {f"{plan}-of-4": plan for plan in DEEPSPEED}
 # Two processes of plans that DeepSpeed saves in its own way: name -> overrides.
 SPECIAL = {
