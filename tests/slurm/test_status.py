@@ -130,7 +130,8 @@ def test_a_run_that_waits_to_go_on_is_queued_and_its_logs_go_on(lab: Lab) -> Non
     assert read_json(run.status)["state"] == "stopped"
     lines = sorted(follower.news())
     assert lines == [("n0", "task 0 of attempt 0 is here"), ("n1", "task 1 of attempt 0 is here")]
-    wait_for_state(lab, run, job, "running")  # the lab lets it start again after 10 s
+    lab.hurry(job)
+    wait_for_state(lab, run, job, "running")
     again: list[tuple[str, str]] = []
 
     def both_are_back() -> bool:
