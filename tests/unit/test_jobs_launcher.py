@@ -157,6 +157,21 @@ def test_a_signal_that_comes_before_the_workers_waits_for_them(
     assert [(scripts / f"heard-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
 
 
+def test_a_signal_that_comes_while_workers_import_waits_until_they_can_hear(two: Resolved, scripts: Path) -> None:
+    """Python and torch need seconds before a worker sets its handlers; until then it ignores what would end torchrun."""
+    slow = f"import pathlib, sys, time\n(pathlib.Path(sys.argv[1]) / f'begun-{{sys.argv[2]}}').touch()\ntime.sleep(1)\n{WORKER}"
+    (scripts / "worker.py").write_text(slow)
+    heard: list[int] = []
+
+    def ask() -> None:
+        until(lambda: len(list(scripts.glob("begun-*"))) == 2)
+        heard.append(signal.SIGUSR1)
+
+    threading.Thread(target=ask).start()
+    assert launcher.run_workers(RunDir(scripts / "run"), two, heard) == 0
+    assert [(scripts / f"heard-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+
+
 def test_whoever_leaves_at_once_leaves_no_worker_behind(two: Resolved, scripts: Path) -> None:
     class Impatient(list[int]):
         def __len__(self) -> int:
