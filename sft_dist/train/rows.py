@@ -53,16 +53,17 @@ class EpochOrder(Sampler[int]):
         yield from range(self.rows, self.rows + self.filling)
 
 
-def begin_each_epoch_anew(loader: Any) -> None:
-    """Mend DeepSpeed's loader of shared rows (0.19.8, UlyssesSPDataLoaderAdapter) in place.
+def begin_each_epoch_anew(loader: Any, *, cuts_rows: bool) -> None:
+    """Have every epoch its own order, also one that a resume begins in its middle (`_skip_first_batches`).
 
-    Trainer stops after an epoch's last batch and so never meets the end at which that loader begins again: the first
-    step of every later epoch was left out, and the order never changed. Can go when the loader does the same. A run that
-    goes on in the middle of an epoch needs `_skip_first_batches`, which Trainer knows by the name in its module only.
+    With `cuts_rows` mend DeepSpeed's loader of shared rows (0.19.8, UlyssesSPDataLoaderAdapter) in place. Trainer stops after an epoch's last batch and so never meets the end at which that loader begins again: the first
+    step of every later epoch was left out, and the order never changed. Can go when the loader does the same.
     """
     from transformers import trainer
 
-    trainer.skip_first_batches = _skip_first_batches
+    trainer.skip_first_batches = _skip_first_batches  # Trainer knows it by the name in its module only
+    if not cuts_rows:
+        return
     kind = type(loader)
 
     def begin(self: Any) -> Any:
@@ -77,17 +78,17 @@ def begin_each_epoch_anew(loader: Any) -> None:
 
 
 def _skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
-    """As accelerate's (1.15), which asks for `dataset` and so fails with AttributeError for a loader of shared rows.
+    """As accelerate's (1.15), but what is left of an epoch keeps that epoch's order, and shared rows are skipped, too.
 
-    Such a loader yields each batch of the one inside it in as many turns as processes share a row.
+    accelerate's set_epoch does not look for the sampler where a skip stands around a share of the batches, so that the
+    second epoch of several processes went on in the order of the first. And its skip asks for `dataset`, and so fails with
+    AttributeError for a loader of shared rows. Can go when both are mended there. A loader of shared rows yields each batch of the one inside it in as many turns as processes share a row.
     """
-    from accelerate import skip_first_batches
-
     if not hasattr(loader, "micro_batches"):
-        return skip_first_batches(loader, num_batches)
+        return _skipped(loader, num_batches)
     batches, turns = divmod(num_batches, loader.sp_world_size)
     rest = copy.copy(loader)
-    rest.dl, rest.micro_batches = skip_first_batches(loader.dl, batches), deque()
+    rest.dl, rest.micro_batches = _skipped(loader.dl, batches), deque()
     kind = type(loader)
 
     def begin(self: Any) -> Any:
@@ -97,4 +98,18 @@ def _skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
         return self
 
     rest.__class__ = type(kind.__name__, (kind,), {"__iter__": begin})
+    return rest
+
+
+def _skipped(loader: Any, num_batches: int) -> Any:
+    """accelerate's skip, whose batches pass a new epoch on to the order of the rows."""
+    from accelerate import skip_first_batches
+
+    rest = skip_first_batches(loader, num_batches)
+    around = getattr(rest, "batch_sampler", None)
+    inside = around
+    while inside is not None and not isinstance(getattr(inside, "sampler", None), EpochOrder):
+        inside = getattr(inside, "batch_sampler", None)
+    if inside is not None:
+        around.set_epoch = inside.sampler.set_epoch
     return rest

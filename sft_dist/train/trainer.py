@@ -99,8 +99,7 @@ class Trainer(SavingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
-        if self.cuts_rows:
-            begin_each_epoch_anew(loader)
+        begin_each_epoch_anew(loader, cuts_rows=self.cuts_rows)
         return model, loader
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
