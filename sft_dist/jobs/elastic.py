@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sft_dist.jobs.host_signs import oom_kills
-from sft_dist.jobs.last_words import leave_ending
+from sft_dist.jobs.last_words import leave_ending, leave_words
 from sft_dist.jobs.launcher import ATTEMPT_HELD
 from sft_dist.process import begin, libraries_are_in
 from sft_dist.rundir import RunDir
@@ -41,6 +41,13 @@ def main() -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except Exception as error:  # its own: a port that is taken, hosts that do not find each other
+        held = os.environ.get(ATTEMPT_HELD)
+        if held is None:
+            raise
+        leave_words(RunDir(Path(held)), error)
+        RunDir(Path(held)).write_status(state="failed", reason=f"torchrun: {error}".splitlines()[0], exit_status=1)
+        return 1
     return 0
 
 

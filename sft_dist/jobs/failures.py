@@ -51,6 +51,11 @@ def classify(evidence: Evidence) -> Failure:
     found = [*_of_job(evidence), *_of_words(evidence), *_of_memory(evidence), *_of_lines(evidence)]
     if found:
         return min(enumerate(found), key=lambda item: (item[1].rank_of, item[1].time, item[0]))[1].failure
+    # A full disk takes no words: what status.json says of the error is all that is left of it.
+    name, colon, message = evidence.reason.partition(": ")
+    case = case_of_exception(name, message, None) if colon else None
+    if case is not None:
+        return _failure(CASES[case], evidence.reason, None, None)
     kind = next((BY_EXIT[word.exit] for word in evidence.words if word.exit in BY_EXIT), "unknown")
     return Failure(kind, evidence.reason or "it ended without a word", evidence.reason[:MAX_EVIDENCE])
 

@@ -88,9 +88,21 @@ def main(arguments: list[str]) -> int:
             _let_main_tell()
             sys.stderr.write(f"rank {world.rank}: {explained(error)}")
         return exit_status(error)
+    except Exception:
+        if not _told_elsewhere():
+            raise
+        return RunStopped.exit_code
     finally:
         leave()
     return 0
+
+
+def _told_elsewhere() -> bool:
+    """Whether another process has left because it was told to: this one only missed it, which is no news to anybody."""
+    run = held_run(ATTEMPT_HELD)
+    with contextlib.suppress(OSError):
+        return run is not None and run.read_status().get("state") == "stopped"
+    return False
 
 
 def _stopped(error: RunStopped, world: World) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -125,8 +126,21 @@ def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
                     line |= facts
             # On a full disk the record cannot be written either; the failure itself is what the user must see.
             with contextlib.suppress(OSError) if state == "failed" else contextlib.nullcontext():
-                append_jsonl(run.attempts, line)
-                run.write_status(state=state, reason=reason)
+                _put_down(run, state, reason, line)
+
+
+def _put_down(run: RunDir, state: str, reason: str | None, line: dict[str, Any]) -> None:
+    """The end of an attempt in attempts.jsonl and status.json; where there is no room for a new file, in the old one."""
+    try:
+        append_jsonl(run.attempts, line)
+    finally:
+        try:
+            run.write_status(state=state, reason=reason)
+        except OSError:
+            text = json.dumps({**run.read_status(), "state": state, "reason": reason, "updated": utc_now()}, indent=2)
+            with run.status.open("r+", encoding="utf-8") as stream:
+                stream.write(text + "\n")
+                stream.truncate()
 
 
 def _one_line(error: BaseException) -> str:

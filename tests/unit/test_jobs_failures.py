@@ -286,3 +286,17 @@ def test_a_gpu_error_in_the_kernels_log_is_ours_if_nobody_elses() -> None:
     )
     found = classify(Evidence(words=[at_worker]))
     assert (found.kind, found.node) == ("node", "n2")
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("OSError: [Errno 28] No space left on device", "disk"),
+        ("SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)", "disk"),
+        ("ValueError: a row reads [Errno 28] No space left on device", "unknown"),
+        ("it ended without a word", "unknown"),
+    ],
+)
+def test_where_nothing_could_be_left_the_reason_on_record_tells(reason: str, kind: str) -> None:
+    """Not even a small file fits on a full disk."""
+    assert classify(Evidence(reason=reason)).kind == kind
