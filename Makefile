@@ -11,15 +11,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 # The tests use no network. One thread a process: two xdist workers with two threads each slow each other down.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
-# The folders under tests/ that hold tests, besides the unit tests and those that start a SLURM.
-OTHER_TESTS = $(filter-out tests/unit/ tests/slurm/,$(sort $(dir $(wildcard tests/*/test_*.py))))
+# The folders under tests/ that hold tests, besides the unit tests, those that start a SLURM, and the faults.
+OTHER_TESTS = $(filter-out tests/unit/ tests/slurm/ tests/faults/,$(sort $(dir $(wildcard tests/*/test_*.py))))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit test-slurm lint types refs clean
+.PHONY: help setup demo test unit test-slurm test-faults lint types refs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "No GPU? PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the much smaller CPU build of torch."
 
@@ -36,6 +36,9 @@ unit: $(VENV)/.ready ## Run the fast tests only
 
 test-slurm: $(VENV)/.ready ## Run the tests that start a real SLURM (needs its packages and root: slurm/README.md)
 	$(PYTEST) --dist load --maxschedchunk 1 tests/slurm $(ARGS)
+
+test-faults: $(VENV)/.ready ## Kill, stop and starve training processes (root for full disks; ARGS="--injections 50")
+	$(PYTEST) tests/faults $(ARGS)
 
 lint: $(VENV)/.ready ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

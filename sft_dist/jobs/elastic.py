@@ -7,12 +7,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sft_dist.errors import RunStopped
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending, leave_words
 from sft_dist.jobs.launcher import ATTEMPT_HELD
 from sft_dist.process import begin, libraries_are_in
 from sft_dist.rundir import RunDir
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> int:
@@ -38,6 +43,8 @@ def main() -> int:
                 run.write_status(state="failed", reason=reason, exit_status=1)
             else:  # a job script of someone's own: the first worker keeps the record, if it is not the one
                 sys.stderr.write(f"error: {reason}\n")
+        if not killed:
+            _correct(error)
         return 1
     except SignalException as error:
         return 128 + error.sigval
@@ -49,6 +56,17 @@ def main() -> int:
         RunDir(Path(held)).write_status(state="failed", reason=f"torchrun: {error}".splitlines()[0], exit_status=1)
         return 1
     return 0
+
+
+def _correct(error: ChildFailedError) -> None:
+    """A worker that leaves early because the agent ends it says so as if it had been asked to; but another one had failed."""
+    held = os.environ.get(ATTEMPT_HELD)
+    own = [(rank, it) for rank, it in error.failures.items() if it.exitcode > 0 and it.exitcode != RunStopped.exit_code]
+    if held is None or not own or RunDir(Path(held)).read_status().get("state") != "stopped":
+        return
+    rank, failure = own[0]
+    reason = f"rank {rank} (process {failure.pid}) ended with exit status {failure.exitcode}"
+    RunDir(Path(held)).write_status(state="failed", reason=reason, exit_status=failure.exitcode)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ ATTEMPT_HELD = "SFT_DIST_ATTEMPT_HELD"
 POLL_S = 0.1
 # How often a task looks what the others said, and how long its workers may take to end once it is over elsewhere.
 LOOK_S, PATIENCE_S = 1.0, 15.0
+# The same once a worker has left before there was anything to save: others may wait for it in a collective, deaf to all else.
+EARLY_S = 3.0
 STDERR = 2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -120,9 +122,12 @@ def _run(
                 if grace.over() and agent.poll() is None:
                     watchdog.give_up(grace.asked, grace.seconds or 0.0, workers)
                     _kill(agent)
-            if over is not None and deadline is None and time.monotonic() > look:
+            if deadline is None and time.monotonic() > look:
                 look = time.monotonic() + LOOK_S
-                deadline = look + PATIENCE_S if over() else None
+                if over is not None and over():
+                    deadline = look + PATIENCE_S
+                elif _left_early(run):
+                    deadline = look + EARLY_S
             if (deadline is not None and time.monotonic() > deadline) or watchdog.hung():
                 _kill(agent)
             time.sleep(POLL_S)  # a blocking wait would not let a handler forward anything
@@ -132,6 +137,12 @@ def _run(
     finally:
         watchdog.close()
     return agent.returncode
+
+
+def _left_early(run: RunDir) -> bool:
+    """Whether a worker has left because it was told to, without the others: there was nothing to save."""
+    status = run.read_status()
+    return status.get("state") == "stopped" and bool(status.get("exit_status"))
 
 
 def _pass_on(numbers: Sequence[int], workers: Sequence[int]) -> int:
@@ -196,8 +207,9 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
 
 def _kill(agent: subprocess.Popen[bytes]) -> None:
     if agent.poll() is None:
-        for worker in children(agent.pid):
+        workers = children(agent.pid)
+        agent.kill()  # first: it would put its workers on record as killed by somebody
+        for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
-        agent.kill()
         agent.wait()

@@ -118,7 +118,7 @@ def _stopped(error: RunStopped, world: World) -> int:
     # It left by itself, perhaps before it had entered the run: the others will only miss it.
     with contextlib.suppress(OSError):
         if run is not None and run.read_status().get("state") == "running":
-            run.write_status(state="stopped", reason=error.message)
+            run.write_status(state="stopped", reason=error.message, exit_status=exit_status(error))
     return exit_status(error)
 
 

@@ -73,10 +73,11 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
         except RunStopped as error:
             outcome |= {"state": "stopped", "reason": error.message}
             # The others, which did not agree, only miss this one: that is not why the attempt ends.
-            reports = reports or isinstance(error, Interrupted)
+            if isinstance(error, Interrupted):
+                reports, outcome["exit_status"] = True, error.exit_code
             raise
         except KeyboardInterrupt:
-            outcome |= {"state": "stopped", "reason": TWICE}
+            outcome |= {"state": "stopped", "reason": TWICE, "exit_status": RunStopped.exit_code}
             reports = True
             raise Interrupted(TWICE) from None
         except MainFailed:

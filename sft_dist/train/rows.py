@@ -106,8 +106,8 @@ def _skipped(loader: Any, num_batches: int) -> Any:
     from accelerate import skip_first_batches
 
     rest = skip_first_batches(loader, num_batches)
-    around = getattr(rest, "batch_sampler", None)
-    inside = around
+    around: Any = getattr(rest, "batch_sampler", None)
+    inside: Any = around
     while inside is not None and not isinstance(getattr(inside, "sampler", None), EpochOrder):
         inside = getattr(inside, "batch_sampler", None)
     if inside is not None:
