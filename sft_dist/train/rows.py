@@ -110,6 +110,6 @@ def _skipped(loader: Any, num_batches: int) -> Any:
     inside: Any = around
     while inside is not None and not isinstance(getattr(inside, "sampler", None), EpochOrder):
         inside = getattr(inside, "batch_sampler", None)
-    if inside is not None:
+    if around is not None and inside is not None:
         around.set_epoch = inside.sampler.set_epoch
     return rest
