@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_dist import __version__
 from sft_dist.config.schema import Config
 from sft_dist.data.formats import Example
 from sft_dist.data.sources import load_examples
@@ -27,6 +26,9 @@ from sft_dist.files import publish_dir, read_json, write_json
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+# Raised when the same rows become other tokens or labels; a new release alone refuses no run that goes on.
+FORMAT = "1"
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _key(
 ) -> str:
     digest = hashlib.sha256()
     backend = tokenizer.backend_tokenizer.to_str()
-    settings: list[Any] = [__version__, config.data.max_length, config.data.assistant_only_loss, config.data.on_bad_row]
+    settings: list[Any] = [FORMAT, config.data.max_length, config.data.assistant_only_loss, config.data.on_bad_row]
     settings.append(tokenizer.special_tokens_map)
     for part in (json.dumps(settings, default=str), backend, template.training_text):
         digest.update(hashlib.sha256(part.encode()).digest())

@@ -388,6 +388,22 @@ def test_a_resume_on_other_rows_is_refused(new_run: NewRun, signal_at: SignalAt,
     assert len(list_checkpoints(run)) == 1, "the checkpoint of the other rows is gone"
 
 
+def test_a_new_release_goes_on_with_the_run_of_an_older_one(
+    new_run: NewRun, signal_at: SignalAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sft_dist
+
+    run = new_run(*SMALL)
+    signal_at(2, TERM)
+    with pytest.raises(RunStopped):
+        run_here(run)
+    monkeypatch.setattr(sft_dist, "__version__", "99.0")
+    for name in ("sft_dist.data.prepare", "sft_dist.train.environment"):
+        monkeypatch.setattr(f"{name}.__version__", "99.0", raising=False)
+    run_here(run)
+    assert run.read_status()["state"] == "done"
+
+
 def test_other_rows_and_another_global_batch_go_on_when_the_user_accepts_it(
     new_run: NewRun, call_cli: CallCli, signal_at: SignalAt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
