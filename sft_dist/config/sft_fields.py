@@ -13,7 +13,15 @@ FOLLOWS = dict.fromkeys(
     "follows from train.global_batch_size / (train.per_device_train_batch_size x devices)",
 )
 # Fields of `train` that SFTConfig does not have.
-_OURS = ("extra", "global_batch_size", "compile_layers", "nonfinite", "max_nonfinite_steps", "hang_timeout")
+_OURS = (
+    "extra",
+    "global_batch_size",
+    "compile_layers",
+    "nonfinite",
+    "max_nonfinite_steps",
+    "hang_timeout",
+    "stop_timeout",
+)
 _BY_SFT_DIST = "is set by sft-dist and cannot be changed here"
 SET_ELSEWHERE = {
     **{name: f"train.{name}" for name in TrainConfig.model_fields if name not in _OURS},

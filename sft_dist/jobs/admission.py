@@ -33,7 +33,10 @@ def refuse_live(run: RunDir) -> None:
     seen = look([run])[0][0]
     if seen.verdict.live or run.held():
         job = seen.verdict.job
-        what = f"job {job.id} is {job.state}" if job and job.phase != "ended" else "a process works on it"
+        holder = run.lock.read_text(encoding="utf-8").strip() if run.lock.is_file() else ""
+        what = f"another process works on it ({holder or 'unknown'})"
+        if job and job.phase != "ended":
+            what = f"job {job.id} is {job.state}"
         raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.path}")
     if seen.unanswered or (seen.jobs and not seen.queue.known and seen.state in ("queued", "running")):
         why = "; ".join(seen.queue.notes) or "no squeue knows it here"

@@ -102,7 +102,7 @@ def test_a_second_process_is_kept_out_of_a_run(tmp_path: Path, tiny_model_dir: P
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=rf"another process \(process {other.pid} on "), attempt(run):
             pass
-        with pytest.raises(ConfigError, match="another process"):
+        with pytest.raises(ConfigError, match=rf"another process works on it \(process {other.pid} on "):
             new_run(load_config("smoke", [f"run.dir={tmp_path}"]), overwrite=True)
         assert run.config.is_file(), "the run that is being worked on is untouched"
         assert read_jsonl(run.attempts) == []
