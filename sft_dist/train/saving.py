@@ -134,7 +134,8 @@ class Saves:
         self.need = self.ranks.by_main(lambda: self.need)
         self.took(pending.written_s + settled_s)
         if self.ranks.is_main:
-            self.run.write_status(checkpoint=pending.folder.name)
+            with contextlib.suppress(OSError):  # a full disk; what has counted is in the folder
+                self.run.write_status(checkpoint=pending.folder.name)
             self._sweeper = threading.Thread(target=self._rotate, name="rotation", daemon=True)
             self._sweeper.start()
 

@@ -23,7 +23,7 @@ import torch
 
 from sft_dist import files
 from sft_dist.jobs import launcher
-from sft_dist.train import callbacks, publish, ranks, trainer, worker
+from sft_dist.train import callbacks, publish, ranks, saving, trainer, worker
 
 VARIABLE = "FAULTS"
 # The folder where each process leaves its number.
@@ -49,7 +49,7 @@ def arm(module: str) -> None:
     _wrap(callbacks.RunRecorder, "on_step_end", lambda self, args, state, *_: f"step:{state.global_step}")
     _wrap(callbacks.RunRecorder, "on_prediction_step", lambda self, args, state, *_: f"evaluate:{state.global_step}")
     _wrap(trainer.Trainer, "_save_optimizer_and_scheduler", lambda self, *_: f"save:{self.state.global_step}")
-    _wrap(callbacks, "write_manifest", lambda folder, step, *_: f"manifest:{step}")
+    _wrap(saving, "seal", lambda folder, step, *_: f"manifest:{step}")
     _wrap(publish, "_compare", lambda *_: "publish")
 
 
