@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
@@ -73,6 +75,12 @@ def prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool = Fa
     Takes seconds and writes only to the cache; `for_job` fetches the weights, too: nodes may have no network. Raises
     ConfigError, PreflightError or DataError, as the run would later.
     """
+    # DeepSpeed speaks on stdout while it loads, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        return _prove(config, run, resolved, for_job=for_job)
+
+
+def _prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool) -> list[Example]:
     from sft_dist.train.settle import needs_packages
 
     needs_packages(config, resolved)

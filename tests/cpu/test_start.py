@@ -153,3 +153,14 @@ def test_the_preview_shows_characters_of_several_tokens_whole(tiny_model_dir: Pa
     assert len(pieces) == len(ids), "a piece for each token, so that the counts stay right"
     assert "".join(pieces) == "Zürich 理论 🙂!"
     assert "\ufffd" in tokenizer.decode(ids[:-3]), "the emoji is made of several tokens"
+
+
+def test_what_libraries_print_while_a_run_is_proven_is_no_result(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts read the number of the job from stdout."""
+    monkeypatch.setattr("sft_dist.train.model.find_model", lambda model: print("no accelerator detected"))
+    new_run(load_config("smoke", [f"run.dir={tmp_path}"]))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no accelerator detected" in err
