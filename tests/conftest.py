@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,10 @@ FOREIGN = re.compile(
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES"
     r"|HF_.*|HUGGING_?FACE_HUB_.*|TRANSFORMERS_.*|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|CLICOLOR.*|TTY_.*"
 )
+
+# A shell that starts the tests in the background has them ignore SIGINT, and with them every process that they interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read before the fixtures below hide it.
 NETWORK = bool(os.environ.get("SFT_DIST_TEST_NETWORK"))
