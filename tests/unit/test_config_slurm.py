@@ -80,7 +80,8 @@ def test_mistakes_are_named(override: str, said: str) -> None:
     ],
 )
 def test_what_is_no_secret_is_let_through(override: str) -> None:
-    load_config("smoke", [override])
+    slurm = load_config("smoke", [override]).config.slurm
+    assert bool(slurm.env) != bool(slurm.setup), "it stands in the config"
 
 
 def test_one_process_has_no_second_node() -> None:
