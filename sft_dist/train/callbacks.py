@@ -53,6 +53,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         """Name of the signal that ended the training early."""
         self._tokens_before = 0
         self._tokens, self._seconds, self._step_began, self._status_time = 0, 0.0, 0.0, 0.0
+        self._step_ended: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,7 +78,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Between two steps is where a stop request is honoured: one process's is everyone's, at the same step."""
-        now = time.monotonic()
+        now = self._step_ended = time.monotonic()
         self._seconds += now - self._step_began
         self._step_seconds.append(now - self._step_began)
         self.progress.step(state.global_step)
@@ -121,6 +122,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """One row of metrics.jsonl; tokens_per_s counts non-padding tokens over the time inside steps since the last one,
         memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU; mfu as train/forecast.py says."""
+        self._count_wait()
         row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
         tokens = row.pop("num_tokens", None)
         if "train_runtime" in row:  # transformers' summary, averaged over saving too; tokens since the last row count
@@ -166,6 +168,13 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             processes=self.ranks.size,
             mfu_per_speed=self.mfu_per_speed,
         )
+
+    def _count_wait(self) -> None:
+        """The first log after a step has waited for the loss: a GPU may have been at work on the step until then."""
+        if self._step_ended is not None:
+            waited, self._step_ended = time.monotonic() - self._step_ended, None
+            self._seconds += waited
+            self._step_seconds[-1] += waited
 
     def _agree(self, asked: int, state: TrainerState) -> None:
         self.stopped_by, self.stop.agreed = signal.Signals(asked).name, True

@@ -123,7 +123,7 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     from sft_dist.train.saving import Saves
     from sft_dist.train.shutdown import StopRequest
 
-    clock = iter([0.0, 2.0, 100.0, 103.0]).__next__
+    now = 0.0
     config = Config()
     saves = Saves(RunDir(tmp_path), config.checkpoint, {}, Ranks())
     recorder = callbacks.RunRecorder(RunDir(tmp_path), config, StopRequest(), Progress(), saves)
@@ -131,13 +131,17 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     control = SimpleNamespace(should_training_stop=False)
     recorder.on_train_begin(None, state, control)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks.time, "monotonic", lambda: clock())
-        for step in (1, 2):  # 2 s and 3 s of work, 98 s of something else between them
+        patch.setattr(callbacks.time, "monotonic", lambda: now)
+        for step, began, now in ((1, 0.0, 2.0), (2, 100.0, 103.0)):  # 2 s and 3 s of work, 98 s of something else
+            ended, now = now, began
             recorder.on_step_begin(None, state, control)
-            state.global_step = step
+            state.global_step, now = step, ended
             recorder.on_step_end(None, state, control)
-    recorder.on_log(None, state, control, {"loss": 1.0, "num_tokens": 500})
-    (row,) = read_jsonl(RunDir(tmp_path).metrics)
+        now = 105.0  # 2 s until the loss has come from the device; what comes after this log is no step's.
+        recorder.on_log(None, state, control, {"loss": 1.0, "num_tokens": 700})
+        now = 200.0
+        recorder.on_log(None, state, control, {"eval_loss": 1.0})
+    row, _ = read_jsonl(RunDir(tmp_path).metrics)
     assert row["tokens_per_s"] == 100.0
     assert row["memory_gib"] > 0
 
