@@ -8,23 +8,26 @@ The model has random weights of the named shape, the rows are random words whose
 median 350 tokens, up to 2048); half of each row is trained. Per plan one launch of torchrun takes, one after the other:
 
   equal    20 steps of few short rows, with accumulation and without, with and without checkpointing: the losses
-  speed    some steps of many tokens, a checkpoint, and the final model as safetensors
+  speed    some steps of many tokens, one checkpoint on the way, and the final model as safetensors
   resume   the same run from its checkpoint; its losses must be those of the uninterrupted one
   trl      SFTTrainer with the engine's settings at accelerate's and DeepSpeed's defaults, the same rows, the same varlen
            attention and gradient checkpointing, no padding either: what a good user of plain TRL has
 
-Counted are tokens (no padding) per second and GPU from the end of the warm-up to the last step; peak memory is
-torch.cuda.max_memory_allocated of the process with the most.
+Counted are tokens (no padding) per second and GPU by the clock on the wall, from log to log of each step after the warm-up
+that no save lies in; peak memory is torch.cuda.max_memory_allocated of the process with the most, less what was held when
+the arm began. `timed` holds what the counted steps computed, for the planner (sft_dist/parallel/calibration.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -48,7 +51,7 @@ WARM_UP = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="Qwen3-0.6B")
-    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--plans", nargs="*", choices=PLANS, default=list(PLANS), help="none: only make model and rows")
     parser.add_argument(
         "--parts", nargs="+", choices=["equal", "speed", "resume"], default=["equal", "speed", "resume"]
     )
@@ -73,6 +76,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     make_model(options.shape, options.work)
     long, short = write_rows(options.work)
+    if not options.plans:
+        return
     results: list[dict[str, Any]] = []
     for plan in options.plans:
         arms = arms_of(plan, options, long, short)
@@ -153,8 +158,8 @@ def arms_of(plan: str, options: argparse.Namespace, long: Path, short: Path) -> 
 
 def launch(plan: str, arms: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the arms in one launch; each arm with what was measured, or with what went wrong."""
-    task = options.work / f"{plan}.json"
-    answer = options.work / f"{plan}.results.jsonl"
+    name = f"{options.shape}-{plan}-{options.processes}"
+    task, answer = options.work / f"{name}.json", options.work / f"{name}.results.jsonl"
     answer.unlink(missing_ok=True)
     task.write_text(json.dumps({"arms": arms, "answer": str(answer)}))
     command = [
@@ -167,8 +172,9 @@ def launch(plan: str, arms: list[dict[str, Any]], options: argparse.Namespace) -
     ]
     environment = dict(os.environ, NCCL_NVLS_ENABLE="0", TOKENIZERS_PARALLELISM="false")
     if plan == "single":
-        command, environment["CUDA_VISIBLE_DEVICES"] = [sys.executable], "0"
-    log = options.work / f"{plan}.log"
+        command = [sys.executable]
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    log = options.work / f"{name}.log"
     began = time.monotonic()
     with log.open("w") as stream:
         try:
@@ -185,7 +191,7 @@ def launch(plan: str, arms: list[dict[str, Any]], options: argparse.Namespace) -
     found = [json.loads(line) for line in answer.read_text().splitlines()] if answer.exists() else []
     if status != 0:
         print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
-        shutil.copy(log, (options.out.parent if options.out else options.work) / f"{options.shape}-{plan}.failed.log")
+        shutil.copy(log, (options.out.parent if options.out else options.work) / f"{name}.failed.log")
     return found or [{"plan": plan, "part": "failed"}]
 
 
@@ -253,23 +259,29 @@ def train_ours(arm: dict[str, Any]) -> dict[str, Any]:
     clock = Stopwatch()
     clock.watch(publish, "publish_model", "publish_s", skip=not arm.get("publish"))
     clock.watch_trainer()
-    largest = watch_batches(clock)
+    batches = watch_batches(clock)
+    steps = watch_steps(clock, profiled=arm.get("profile") and ranks.is_main)
     held = reset_peak()
     began = time.monotonic()
     with attempt(run) if ranks.is_main else joined(run, reports=False) as current:
         worker.train(run, current, resolved, ranks)
     measured = {
         **clock.seconds,
-        "largest_micro_batch": max(ranks.everyones(largest[0])),
+        "first_step_s": round(steps.ends[0] - began, 1),
         "total_s": round(time.monotonic() - began, 1),
         "peak_gib": round(peak(ranks) - held, 2),
+        **steps.profile(),
     }
     clock.undo()
+    counted = steps.counted(arm.get("warm_up", WARM_UP), arm.get("save_at", 0))
+    measured |= computed(ranks.everyones([batch_facts(batch) for batch in batches]), len(steps.ends), counted)
     if not ranks.is_main:
         return measured
     rows = [row for row in read_jsonl(run.metrics) if "loss" in row]
     measured |= {"losses": [row["loss"] for row in rows], "grad_norms": [row.get("grad_norm") for row in rows]}
-    measured |= rate([row["tokens"] for row in rows], [row["tokens_per_s"] for row in rows], ranks.size)
+    measured |= rate([row["tokens"] for row in rows], steps.ends, counted, ranks.size)
+    measured["told_tokens_per_s_per_gpu"] = round(statistics.median(row["tokens_per_s"] for row in rows) / ranks.size)
+    measured["mfu"] = rows[-1].get("mfu")
     checkpoints = sorted(run.checkpoints.glob("checkpoint-*/MANIFEST.json"))
     if checkpoints:
         files = (read_json(checkpoints[0]) or {})["files"]
@@ -395,6 +407,13 @@ class Stopwatch:
         from sft_dist.train import saving
         from sft_dist.train.trainer import Trainer
 
+        save = Trainer._save_checkpoint
+
+        def save_on_the_way(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            if trainer.state.global_step < trainer.state.max_steps:
+                save(trainer, *args, **kwargs)
+
+        self.replace(Trainer, "_save_checkpoint", save_on_the_way)
         self.watch(Trainer, "_save_checkpoint", "save_s")
         self.watch(saving, "settled", "manifest_s")  # in a thread, beside the training
         self.watch(Trainer, "_load_from_checkpoint", "load_s")
@@ -406,30 +425,152 @@ class Stopwatch:
             setattr(owner, name, inner)
 
 
-def watch_batches(clock: Stopwatch) -> list[int]:
-    """A number, in a list: the tokens of the largest micro batch from now on."""
+def watch_batches(clock: Stopwatch) -> list[dict[str, Any]]:
+    """What this process computes from now on: a dict of tensors for each micro batch of the training, filled as they come."""
     from sft_dist.train import loss
 
-    largest, inner = [0], loss.trained_token_loss
+    seen: list[dict[str, Any]] = []
+    inner = loss.trained_token_loss
 
     def watched(model: Any, inputs: dict[str, Any], items: Any) -> Any:
-        largest[0] = max(largest[0], inputs["input_ids"].numel())
+        if model.training:
+            seen.append({name: inputs[name].detach() for name in ("input_ids", "position_ids", "targets")})
         return inner(model, inputs, items)
 
     clock.replace(loss, "trained_token_loss", watched)
-    return largest
+    return seen
 
 
-def rate(tokens: list[int], speeds: list[float], size: int) -> dict[str, Any]:
-    """Tokens per second and GPU after the warm-up, from each step's total tokens and speed."""
-    each = [now - then for then, now in zip([0, *tokens], tokens, strict=False)]
-    counted = list(zip(each, speeds, strict=True))[WARM_UP:]
+def batch_facts(batch: dict[str, Any]) -> tuple[int, int, int]:
+    """Tokens of a micro batch, how many of them are trained, and the sum of its documents' squared lengths."""
+    positions = batch["position_ids"].flatten().tolist()
+    starts = [index for index, position in enumerate(positions) if position == 0]
+    lengths = [end - start for start, end in itertools.pairwise([*starts, len(positions)])]
+    return batch["input_ids"].numel(), batch["targets"].numel(), sum(length**2 for length in lengths)
+
+
+def computed(everyones: list[list[tuple[int, int, int]]], steps: int, counted: list[int]) -> dict[str, Any]:
+    """The largest micro batch of a process, and of the `counted` steps what the planner wants to know."""
+    largest = max(tokens for batches in everyones for tokens, _, _ in batches)
+    each = len(everyones[0]) // steps
+    chosen = [
+        [batches[step * each + part] for batches in everyones] for step in counted for part in range(each)
+    ]  # of each micro batch in time, what the processes had
+    if not chosen:
+        return {"largest_micro_batch_tokens": largest}
+    tokens = sum(batch[0] for at_once in chosen for batch in at_once)
+    slowest = sum(max(batch[0] for batch in at_once) for at_once in chosen)
+    count = len(chosen) * len(everyones)
+    timed = {
+        "mean_tokens": round(tokens / count),
+        "mean_length": round(sum(batch[2] for at_once in chosen for batch in at_once) / tokens),
+        "trained_share": round(sum(batch[1] for at_once in chosen for batch in at_once) / tokens, 4),
+        "fullest_over_mean": round(slowest * len(everyones) / tokens, 4),
+        "micro_batches": each,
+    }
+    return {"largest_micro_batch_tokens": largest, "timed": timed}
+
+
+class Steps:
+    """When each step's log came, and what the GPU did in the last step."""
+
+    def __init__(self, *, profiled: bool) -> None:
+        self.ends: list[float] = []
+        self.first = 0
+        self._profiled, self._profiler = profiled, None
+
+    def begins(self, step: int, last: int) -> None:
+        import torch
+
+        if self._profiled and step == last - 1 and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profiler.start()
+
+    def ended(self, step: int) -> None:
+        if not self.ends:
+            self.first = step
+        self.ends.append(time.monotonic())
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiled = False
+
+    def counted(self, warm_up: int, saved_at: int) -> list[int]:
+        """Indices of the steps whose time counts: after the warm-up, no save before them, and no profile beside them."""
+        last = len(self.ends) - (1 if self._profiler is not None else 0)
+        return [index for index in range(warm_up, last) if self.first + index - 1 != saved_at]
+
+    def profile(self) -> dict[str, Any]:
+        """Of the profiled step, in seconds: the GPU's span, its time with a kernel, communication, and what of that nothing hid."""
+        if self._profiler is None:
+            return {}
+        import torch
+
+        kernels = [
+            (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+            for event in self._profiler.profiler.kineto_results.events()
+            if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns()
+        ]
+        if not kernels:
+            return {}
+        sent = [(start, end) for start, end, name in kernels if "nccl" in name.lower()]
+        worked = [(start, end) for start, end, name in kernels if "nccl" not in name.lower()]
+        busy, working = union(sent + worked), union(worked)
+        longest: dict[str, int] = {}
+        for start, end, name in kernels:
+            longest[name[:90]] = longest.get(name[:90], 0) + end - start
+        ranked = sorted(longest.items(), key=lambda item: -item[1])[:14]
+        return {
+            "profile": {
+                "span_s": round((max(end for _, end, _ in kernels) - min(start for start, _, _ in kernels)) / 1e9, 4),
+                "busy_s": round(busy / 1e9, 4),
+                "communication_s": round(union(sent) / 1e9, 4),
+                "exposed_communication_s": round((busy - working) / 1e9, 4),
+                "kernels": len(kernels),
+                "longest_s": {name: round(ns / 1e9, 4) for name, ns in ranked},
+            }
+        }
+
+
+def union(spans: list[tuple[int, int]]) -> int:
+    """The length of what the spans cover together."""
+    total, reached = 0, 0
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def watch_steps(clock: Stopwatch, *, profiled: bool) -> Steps:
+    """Note the steps of a run of ours from now on."""
+    from sft_dist.train.callbacks import RunRecorder
+
+    steps, begin, log = Steps(profiled=profiled), RunRecorder.on_step_begin, RunRecorder.on_log
+
+    def begins(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> Any:
+        steps.begins(state.global_step, state.max_steps)
+        return begin(self, args, state, *rest, **kwargs)
+
+    def logged(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+        if "loss" in (logs or {}):
+            steps.ended(state.global_step)
+        return log(self, args, state, control, logs=logs, **kwargs)
+
+    clock.replace(RunRecorder, "on_step_begin", begins)
+    clock.replace(RunRecorder, "on_log", logged)
+    return steps
+
+
+def rate(tokens: list[int], ends: list[float], counted: list[int], size: int) -> dict[str, Any]:
+    """Tokens per second and GPU in the `counted` steps, from each step's total tokens and when its log came."""
+    each = [now - then for then, now in zip([0, *tokens], tokens, strict=False)][-len(ends) :]
     if not counted:
         return {}
-    seconds = sum(count / speed for count, speed in counted)
+    seconds = [ends[index] - ends[index - 1] for index in counted]
     return {
-        "tokens_per_s_per_gpu": round(sum(count for count, _ in counted) / seconds / size),
+        "tokens_per_s_per_gpu": round(sum(each[index] for index in counted) / sum(seconds) / size),
         "tokens_a_step": round(sum(each) / len(each)),
+        "seconds_a_step": [round(second, 4) for second in seconds],
     }
 
 
@@ -458,7 +599,7 @@ def peak(ranks: Any) -> float:
 def make_model(shape: str, work: Path) -> None:
     """Random weights of `shape`, and a small tokenizer, as a directory that transformers loads."""
     target = work / shape
-    if (target / "config.json").is_file():
+    if (target / "tokenizer_config.json").is_file():
         return
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -475,15 +616,22 @@ def make_model(shape: str, work: Path) -> None:
 
 
 def write_rows(work: Path) -> tuple[Path, Path]:
-    """Two files of chats with random words: long ones (median about 350 tokens), and short ones (about 100)."""
+    """Two files of chats with random words: long ones (median about 350 tokens), and short ones (about 100).
+
+    A third, full.jsonl beside them, has chats of more than 2,048 tokens only (benchmarks/scaling.py).
+    """
     rng = random.Random(0)
     paths = []
-    for name, count, median, longest in (("long", 4000, 350, 2000), ("short", 400, 90, 400)):
+    if (work / "full.jsonl").is_file():
+        return work / "long.jsonl", work / "short.jsonl"
+    for name, count, median, longest in (("long", 4000, 350, 2000), ("short", 400, 90, 400), ("full", 2600, 0, 1850)):
         path = work / f"{name}.jsonl"
         with path.open("w", encoding="utf-8") as stream:
             for _ in range(count):
-                length = min(longest, max(16, int(rng.lognormvariate(math.log(median), 0.9))))
-                # The tiny tokenizer makes about 0.45 tokens of a character of such words.
+                length = longest
+                if median:
+                    length = min(longest, max(16, int(rng.lognormvariate(math.log(median), 0.9))))
+                # The tiny tokenizer makes about 0.78 tokens of a character of such words.
                 text = " ".join(
                     "".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 6))) for _ in range(length // 3)
                 )
