@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,34 @@ def is_of_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno not in NOT_OF_DISKS and not isinstance(error, ConnectionError)
     return WRITERS.search(str(error)) is not None
+
+
+def note_in_engine(engine: Any, noted: Callable[[], contextlib.AbstractContextManager[None]], *, is_main: bool) -> None:
+    """Let DeepSpeed's engine come to its barriers whatever a process could not write: `noted` is around it. Once an engine."""
+    writer = engine.checkpoint_engine
+    if writer.is_decoupled() or "save_checkpoint" in vars(engine):
+        return
+    plain = engine.save_checkpoint
+
+    def noting(method: Callable[..., Any]) -> Callable[..., None]:
+        def part(*args: Any, **kwargs: Any) -> None:
+            with noted():
+                method(*args, **kwargs)
+
+        return part
+
+    def save_checkpoint(folder: str, exclude_frozen_parameters: bool = False) -> None:
+        try:
+            plain(folder, save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+        except Exception as error:  # the others may be waiting in the engine: this process cannot go on with them
+            if is_of_disk(error):
+                raise DiskError(f"a checkpoint could not be written: {error}") from error
+            raise
+        if is_main:
+            (Path(folder) / "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
+
+    writer.save, engine._copy_recovery_script = noting(writer.save), noting(engine._copy_recovery_script)
+    engine.save_checkpoint = save_checkpoint
 
 
 def _size(count: int) -> str:

@@ -61,8 +61,8 @@ def at(point: str, action: str, rank: int | None = None, after: float = 0.0) -> 
     return fault if rank is None else {**fault, "rank": rank}
 
 
-# A checkpoint counts at the end of a step after its save, once it is hashed: what ends a process before that costs it, so
-# that the one before is the newest. A stop waits for it.
+# A checkpoint counts at the end of its save: what ends a process later costs the steps since then, and in the save those since
+# the one before.
 OOM = "out_of_memory"
 CASES: dict[str, Case] = {
     "signal while Python starts": Case(
@@ -96,31 +96,31 @@ CASES: dict[str, Case] = {
         (at("save:9", "SIGTERM"),), "stopped", "cancelled", "SIGTERM at step 10", False, (10, 10)
     ),
     "SIGKILL of a worker": Case(
-        (at("forward:14", "SIGKILL", 1),), "failed", "unknown", "rank 1 .* was killed by SIGKILL", True, (9, 12)
+        (at("forward:14", "SIGKILL", 1),), "failed", "unknown", "rank 1 .* was killed by SIGKILL", True, (12, 12)
     ),
     "SIGKILL of the launcher": Case((at("step:14", "launcher SIGKILL", 0),), "lost", "", "", None, (14, 17), code=-9),
     "SIGKILL during save": Case(
         (at("save:18", "SIGKILL", 0),), "failed", "unknown", "rank 0 .* was killed by SIGKILL", True, (14, 17)
     ),
     "exception on one rank": Case(
-        (at("step:19", "raise the wheel came off", 1),), "failed", "unknown", "the wheel came off", True, (15, 18)
+        (at("step:19", "raise the wheel came off", 1),), "failed", "unknown", "the wheel came off", True, (18, 18)
     ),
     "out of memory on one rank": Case(
-        (at("forward:20", "memory", 1),), "failed", OOM, "a GPU ran out of memory, on rank 1", False, (15, 18)
+        (at("forward:20", "memory", 1),), "failed", OOM, "a GPU ran out of memory, on rank 1", False, (18, 18)
     ),
     "SIGSTOP of a worker": Case(
         (at("step:21", "SIGSTOP", 1),),  # two steps of this attempt are known by then
-        *("failed", "hang", "rank 1 .*stopped, by SIGSTOP", True, (15, 18)),
+        *("failed", "hang", "rank 1 .*stopped, by SIGSTOP", True, (18, 18)),
         fields={"train.hang_timeout": 5},
     ),
     "stop that is not obeyed in time": Case(
         (at("step:20", "launcher SIGTERM", 1), at("step:20", "SIGSTOP", 1)),
-        *("stopped", "cancelled", "had not ended 2 s after SIGTERM; rank 1 .*stopped, by SIGSTOP", False, (15, 18)),
+        *("stopped", "cancelled", "had not ended 2 s after SIGTERM; rank 1 .*stopped, by SIGSTOP", False, (18, 18)),
         fields={"train.hang_timeout": None, "train.stop_timeout": 4},
     ),
     "two Ctrl-C": Case(
         (at("forward:20", "launcher SIGINT", 0), at("step:20", "launcher SIGINT", 0), at("step:20", "sleep 30")),
-        *("stopped", "cancelled", "interrupted twice, without a save", False, (15, 18)),
+        *("stopped", "cancelled", "interrupted twice, without a save", False, (18, 18)),
         fields={"train.stop_timeout": "auto"},
     ),
     "signal while the model is published": Case(
@@ -133,7 +133,7 @@ ALONE: dict[str, Case] = {
         (at("evaluate:5", "SIGTERM"),), "stopped", "cancelled", "SIGTERM at step 5", False, (5, 5)
     ),
     "two Ctrl-C, one process": Case(
-        (at("step:7", "SIGINT"), at("step:7", "SIGINT")), "stopped", "cancelled", "interrupted twice", False, (5, 6)
+        (at("step:7", "SIGINT"), at("step:7", "SIGINT")), "stopped", "cancelled", "interrupted twice", False, (6, 6)
     ),
     "disk full": Case(
         (at("step:8", "fill {run}/filler"),),
@@ -141,7 +141,7 @@ ALONE: dict[str, Case] = {
         "disk",
         "",
         False,
-        (5, 6),
+        (6, 6),
         fields={"checkpoint.save_strategy": "no", "checkpoint.save_steps": None},
     ),
     "disk full during save": Case(
@@ -150,14 +150,14 @@ ALONE: dict[str, Case] = {
         "disk",
         "",
         False,
-        (5, 6),
+        (6, 6),
         code=5,
         fields={"checkpoint.save_strategy": "steps", "checkpoint.save_steps": 3},
     ),
     "read-only directory": Case(
-        (at("step:8", "readonly {run}/checkpoints"),), "failed", "disk", "[Rr]ead-only", False, (5, 6), code=5
+        (at("step:8", "readonly {run}/checkpoints"),), "failed", "disk", "[Rr]ead-only", False, (6, 6), code=5
     ),
-    "SIGKILL during save, one process": Case((at("save:9", "SIGKILL"),), "lost", "", "", None, (5, 6), code=-9),
+    "SIGKILL during save, one process": Case((at("save:9", "SIGKILL"),), "lost", "", "", None, (6, 6), code=-9),
     "tracker unreachable": Case(
         (), "done", fields={"tracking.report_to": ["wandb"], "tracking.wandb_mode": "online"}, saved=(24, 24)
     ),
