@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import ModelConfig
+from sft_dist.data.hub import work_from_cache
 from sft_dist.errors import PreflightError
 from sft_dist.files import read_json
 from sft_dist.train.adapter import nf4
@@ -107,6 +108,7 @@ def load_model(
             loaded = _read_by_main(ranks, read, lambda: _without_weights(source, common, settings))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise missing_model(model, source, "model", error) from None
+    work_from_cache()  # rows and tokenizer are here already; what asks for the base again, a merge, finds it
     # Not the weight's shape: under ZeRO-3 the weight of this process is empty between its uses.
     embeddings = loaded.get_input_embeddings()
     empty = embeddings.weight.is_meta
