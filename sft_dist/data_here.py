@@ -1,12 +1,19 @@
-"""The rows of a config on this machine, before any run: tokenised into the cache, or shown."""
+"""The rows of a config on this machine, before any run: tokenised into the cache, or shown.
+
+`python -m sft_dist.data_here CONFIG.yaml` prepares the rows of a run's config.yaml, for workers that find none; an error
+stands on the last line of stdout.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, SftDistError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,3 +69,21 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Seq
             pieces.append(text)
             held = []
     return pieces
+
+
+def main(path: str) -> int:
+    """Prepare the rows of a run's config; returns the exit status."""
+    from sft_dist.config.loader import load_run_config
+    from sft_dist.logs import log_to_stderr
+
+    log_to_stderr()
+    try:
+        prepare_here(load_run_config(Path(path)))
+    except SftDistError as error:
+        sys.stdout.write(json.dumps({"message": error.message, "hint": error.hint}) + "\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

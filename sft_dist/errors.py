@@ -61,6 +61,8 @@ class DataError(SftDistError):
 
     exit_code = 4
     kind = "data"
+    reason: str = "wrong_format"
+    """Of a row that cannot be used: the class of what is wrong with it, by which dropped rows are counted."""
 
 
 class CheckpointError(SftDistError):

@@ -95,7 +95,7 @@ def type_in_words(node: Node) -> str:
         return f"mapping, see [{title}](#{title.lower().replace(' ', '-')})"
     kind = node.get("type")
     if kind == "array":
-        return f"list of {type_in_words(node['items'])}"
+        return f"list of {type_in_words(node['items'])}" if "items" in node else "list"
     if kind in ("integer", "number"):
         bounds = [words.format(f"{node[key]:.12g}") for key, words in BOUNDS.items() if key in node]
         return ", ".join(["whole number" if kind == "integer" else "number", *bounds])
@@ -158,7 +158,7 @@ def _referenced(node: Node) -> list[str]:
 
 
 def _title(definition: str) -> str:
-    return definition.removesuffix("Config")
+    return definition.removesuffix("Config").removesuffix("Part")
 
 
 def _listed(items: Sequence[str], word: str) -> str:

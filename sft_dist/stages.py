@@ -19,7 +19,7 @@ from sft_dist.process import libraries_are_in
 from sft_dist.rundir import RunDir, create_run, runs_root
 
 if TYPE_CHECKING:
-    from sft_dist.data.formats import Example
+    from sft_dist.data.example import Example
     from sft_dist.jobs.place import Place
     from sft_dist.train.attempt import Attempt
 

@@ -22,14 +22,15 @@ def explain(loaded: LoadedConfig) -> list[tuple[str, Any, str, str]]:
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON Schema (draft 2020-12) of a config file as users write it: with `extends`, and text for a data source."""
+    """A JSON Schema (draft 2020-12) of a config file as users write it: with `extends`, and text or a list for a data source."""
     schema = Config.model_json_schema()
     definitions, sections = schema["$defs"], schema["properties"]
     for section, field in SOURCES:
         definition = definitions[sections[section]["$ref"].rpartition("/")[2]]
         source = definition["properties"][field]
         kinds = source.pop("anyOf", None) or [{"$ref": source.pop("$ref")}]
-        source["anyOf"] = [{"type": "string", "description": "Short for `path`."}, *kinds]
+        short = [("string", "path"), ("array", "sources")]
+        source["anyOf"] = [*({"type": kind, "description": f"Short for `{name}`."} for kind, name in short), *kinds]
     for section_schema in sections.values():
         section_schema.pop("default", None)
     allowed = sorted(name for name in known_sft_fields() if refused_extra(name) is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config.problem import did_you_mean, shown
 from sft_dist.config.schema import SOURCES, expand_sources
+from sft_dist.config.spelling import did_you_mean, shown
 from sft_dist.config.yaml12 import parse_yaml, read_yaml
 from sft_dist.errors import ConfigError
 
@@ -23,7 +24,7 @@ class Layer:
     origin: str
     tree: dict[str, Any]
     whole_sources: tuple[tuple[str, str], ...] = ()
-    """Data sources given as plain text, which replace what an earlier layer says about them instead of adding to it."""
+    """Data sources given as plain text or as a list, which replace what an earlier layer says about them instead of adding to it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _layer(origin: str, tree: Mapping[str, Any]) -> Layer:
     whole = [
         (section, field)
         for section, field in SOURCES
-        if isinstance(tree.get(section), dict) and isinstance(tree[section].get(field), str)
+        if isinstance(tree.get(section), dict) and isinstance(tree[section].get(field), str | list)
     ]
     return Layer(origin, expand_sources(tree), tuple(whole))
 
@@ -157,12 +158,14 @@ def _layer(origin: str, tree: Mapping[str, Any]) -> Layer:
 def _locate_files(tree: dict[str, Any], folder: Path) -> None:
     """The one place where relative paths are resolved, in place.
 
-    A data source, a .jinja template or a model directory that exists from the current directory, or else from
-    `folder` (the config file's), becomes an absolute path, so that a run can be resumed from anywhere. Everything
-    else stays as typed: it may be the name of something on the Hub.
+    A data source or a pattern of them, a .jinja template or a model directory that exists from the current directory, or
+    else from `folder` (the config file's), becomes an absolute path, so that a run can be resumed from anywhere.
+    Everything else stays as typed: it may be the name of something on the Hub.
     """
-    places = [(tree.get(section), field, "path") for section, field in SOURCES]
-    holders: list[tuple[Any, str]] = [(part.get(field), key) for part, field, key in places if isinstance(part, dict)]
+    places = [(tree.get(section), field) for section, field in SOURCES]
+    sources = [part[field] for part, field in places if isinstance(part, dict) and isinstance(part.get(field), dict)]
+    parts = [item for source in sources for item in source.get("sources") or [] if isinstance(item, dict)]
+    holders: list[tuple[Any, str]] = [(source, "path") for source in [*sources, *parts]]
     model = tree.get("model")
     holders += [(model, key) for key in ("name", "tokenizer", "chat_template")]
     for holder, key in holders:
@@ -171,7 +174,7 @@ def _locate_files(tree: dict[str, Any], folder: Path) -> None:
             continue
         found = [place / value for place in (Path(), folder) if _exists(place / value, key)]
         if found:
-            holder[key] = str(found[0].resolve())
+            holder[key] = str(found[0].absolute() if glob.has_magic(value) else found[0].resolve())
 
 
 def _find(reference: str, folder: Path | None) -> Document | None:
@@ -219,7 +222,9 @@ def _is_file(path: Path) -> bool:
 
 def _exists(path: Path, key: str) -> bool:
     try:
-        return path.is_file() or (key in ("name", "tokenizer") and path.is_dir())
+        start = Path(path.anchor)
+        matches = glob.has_magic(str(path)) and any(start.glob(str(path.relative_to(start))))
+        return path.is_file() or (key != "chat_template" and (path.is_dir() or matches))
     except (OSError, ValueError):
         return False
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.layers import Layer, document_layers, list_recipes, open_document, override_layer, read_recipe
-from sft_dist.config.problem import Problem
 from sft_dist.config.problems import validate
 from sft_dist.config.profile import profile_layer
 from sft_dist.config.schema import SOURCES, Config
+from sft_dist.config.spelling import Problem
 from sft_dist.config.yaml12 import dump_yaml, parse_yaml
 from sft_dist.errors import ConfigError
 
@@ -28,7 +28,9 @@ FieldPath = tuple[str, ...]
 
 # Fields of a data source that mean nothing once the source is of the other kind.
 _OF_TASK = ("task", "rows", "seed")
-_OF_PATH = ("path", "name", "split", "revision", "format")
+_OF_PATH = ("path", "name", "split", "revision", "format", "fields", "roles")
+_OF_MANY = ("sources",)
+_FOREIGN = {"path": _OF_TASK + _OF_MANY, "task": _OF_PATH + _OF_MANY, "sources": _OF_PATH + _OF_TASK}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _default_sources() -> Iterator[Layer]:
     for section, field in SOURCES:
         source = default[section][field]
         if source is not None:
-            origin = {key: source[key] for key in ("path", "task") if source[key] is not None}
+            origin = {key: source[key] for key in ("path", "task", "sources") if source[key]}
             yield Layer("default", {section: {field: origin}})
 
 
@@ -143,12 +145,12 @@ def _merge_into(
 def _drop_replaced_sources(tree: dict[str, Any], origins: dict[FieldPath, str], layer: Layer) -> None:
     for section, field in SOURCES:
         old, new = _source(tree, section, field), _source(layer.tree, section, field)
-        has_path, has_task = new.get("path") is not None, new.get("task") is not None
+        kinds = [kind for kind in ("path", "task", "sources") if new.get(kind)]
         dropped: Sequence[str] = ()
         if (section, field) in layer.whole_sources:
             dropped = list(old)
-        elif has_path != has_task:
-            dropped = _OF_TASK if has_path else _OF_PATH
+        elif len(kinds) == 1:
+            dropped = _FOREIGN[kinds[0]]
         for key in dropped:
             _forget(old, key, (section, field, key), origins)
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sft_dist.config.problem import Problem, did_you_mean, shown
 from sft_dist.config.rules import rule_problems
-from sft_dist.config.schema import Config
-from sft_dist.config.spelling import submodel, suggest
+from sft_dist.config.schema import Config, SourcePart
+from sft_dist.config.spelling import Problem, did_you_mean, shown, submodel, suggest
 
 Path = tuple[str, ...]
 
@@ -89,6 +88,10 @@ def _by_field(error: ValidationError) -> dict[Path, list[Any]]:
 def _describe(path: Path, errors: list[Any]) -> tuple[Problem, list[Path]]:
     """The problem, and the fields that the user may have meant by an unknown key."""
     dotted, first = ".".join(path), errors[0]
+    if first["type"] == "extra_forbidden" and first["loc"][len(path) - 1] in path and len(first["loc"]) > len(path):
+        item, key = first["loc"][len(path)], str(first["loc"][-1])
+        near = did_you_mean(key, SourcePart.model_fields)
+        return Problem(f"{dotted}[{item}].{key}", f"unknown key{near}"), []
     if first["type"] == "extra_forbidden":
         text, meant = suggest(path)
         return Problem(dotted, f"unknown key; {text}"), [tuple(field.split(".")) for field in meant]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_dist.config.layers import Layer
-from sft_dist.config.problem import did_you_mean, shown
+from sft_dist.config.spelling import did_you_mean, shown
 from sft_dist.config.yaml12 import read_yaml
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft_dist.config.problem import Problem, did_you_mean, shown
 from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.rules_slurm import slurm_problems
-from sft_dist.config.schema import SOURCES, Config, GenerationConfig, SourceConfig
+from sft_dist.config.schema import SOURCES, Config, GenerationConfig, SourceConfig, SourcePart
 from sft_dist.config.sft_fields import known_sft_fields, refused_extra
-from sft_dist.config.spelling import suggest
+from sft_dist.config.spelling import Problem, did_you_mean, shown, suggest
 from sft_dist.errors import ConfigError
 from sft_dist.rundir import check_run_name
 
 EMBEDDED_MODELS = ("embedded:smollm2-135m", "embedded:tiny")
 CHAT_TEMPLATES = ("auto", "chatml", "plain")
 # Fields of a data source that mean nothing for the other kind.
-OF_TASK = ("rows", "seed")
-OF_PATH = ("name", "split", "revision")
+FOREIGN = {
+    "a file or a dataset": ("rows", "seed"),
+    "a synthetic task": ("name", "split", "revision", "fields", "roles"),
+    "several sources": ("rows", "seed", "name", "split", "revision", "fields", "roles", "format", "weight"),
+}
 
 
 def rule_problems(config: Config) -> list[Problem]:
@@ -62,13 +64,19 @@ def _sources(config: Config) -> Iterator[Problem]:
     """Fields of the other kind of source, which would be ignored."""
     for section, field in SOURCES:
         source = getattr(getattr(config, section), field)
-        if source is None:
-            continue
-        kind, foreign = ("a file or a dataset", OF_TASK) if source.path else ("a synthetic task", OF_PATH)
-        for name in foreign:
-            if getattr(source, name) != SourceConfig.model_fields[name].default:
-                use = "; use sample" if name == "rows" else ""
-                yield Problem(f"{section}.{field}.{name}", f"would be ignored, since the rows come from {kind}{use}")
+        several = source is not None and bool(source.sources)
+        for index, part in enumerate(source.parts if source is not None else ()):
+            where = f"{section}.{field}" + f".sources[{index}]" * several
+            yield from _foreign_fields(part, where, "a file or a dataset" if part.path else "a synthetic task")
+        if several:
+            yield from _foreign_fields(source, f"{section}.{field}", "several sources")
+
+
+def _foreign_fields(source: SourcePart, where: str, kind: str) -> Iterator[Problem]:
+    for name in FOREIGN[kind]:
+        if getattr(source, name) != SourceConfig.model_fields[name].default:
+            use = "; use sample" if name == "rows" else "; set it in one of them" if kind == "several sources" else ""
+            yield Problem(f"{where}.{name}", f"would be ignored, since the rows come from {kind}{use}")
 
 
 def _batch_sizes(config: Config) -> Iterator[Problem]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sft_dist.config.problem import Problem, shown
 from sft_dist.config.schema import Config
+from sft_dist.config.spelling import Problem, shown
 
 ZERO = ("zero1", "zero2", "zero3")
 SHARDED = (*ZERO, "fsdp2")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from sft_dist.config.problem import Problem, did_you_mean, shown
 from sft_dist.config.schema import Config
 from sft_dist.config.schema_slurm import SlurmConfig
+from sft_dist.config.spelling import Problem, did_you_mean, shown
 
 # Fields whose values stand in the job script's #SBATCH lines.
 SBATCH_TEXTS = ("partition", "account", "qos", "mem", "constraint", "exclude", "nodelist", "reservation")

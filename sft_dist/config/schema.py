@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from sft_dist.config.schema_data import DataConfig, DataFormat, SourceConfig, SourcePart
 from sft_dist.config.schema_parallel import LoraConfig, ParallelConfig
 from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.config.section import Auto, Count, Fraction, NonNegative, Positive, Section
-
-DataFormat = Literal["auto", "messages", "prompt_completion", "instruction"]
 
 
 class RunConfig(Section):
@@ -47,54 +46,6 @@ class ModelConfig(Section):
     """Run Python code that comes with the model. Only for sources that you trust."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter instead of all weights; `{}` takes its defaults."""
-
-
-class SourceConfig(Section):
-    """Where rows come from: a file, a datasets name, or a synthetic task. A plain string is short for `path`."""
-
-    path: str | None = None
-    """A JSON or JSONL file, or the name of a dataset on the Hub."""
-    name: str | None = None
-    """Configuration of a Hub dataset, as in `load_dataset(path, name)`."""
-    split: str = "train"
-    """Split of a Hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub dataset."""
-    task: Literal["tickets", "mix"] | None = None
-    """Generate rows instead: `tickets` (customer requests of six categories) or `mix` (arithmetic, fixed phrases, follow-up turns)."""
-    rows: Count = 200
-    """How many rows a synthetic task generates."""
-    seed: Annotated[int, Field(ge=0)] = 1
-    """Seed of a synthetic task."""
-    format: DataFormat = "auto"
-    """What a row looks like: `messages`, `prompt_completion` (prompt, completion), `instruction` (instruction, input, output or response); `auto` tells by the keys."""
-    sample: Count | None = None
-    """Use only the first so many rows."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> SourceConfig:
-        if (self.path is None) == (self.task is None):
-            raise ValueError("set exactly one of path (a file or a dataset name) and task (a synthetic task)")
-        return self
-
-
-class DataConfig(Section):
-    """Training rows and how they become tokens and labels."""
-
-    train: SourceConfig = SourceConfig(task="tickets")
-    """The training rows."""
-    eval: SourceConfig | None = None
-    """Rows for the evaluation loss during training."""
-    eval_size: Annotated[float, Field(ge=0.0)] = 0.0
-    """Without `eval`: rows held out of `train`, as a share (below 1) or a number (1 and above)."""
-    system: str | None = None
-    """System message put before every conversation that has none."""
-    max_length: Count = 1024
-    """Longest row in tokens; what is beyond is cut and counted in the ledger."""
-    assistant_only_loss: bool = True
-    """Train on the assistant's words and end-of-turn tokens only; false trains on every token."""
-    on_bad_row: Literal["error", "drop"] = "error"
-    """Stop at a row that cannot be used, or leave it out and count it."""
 
 
 class TrainConfig(Section):
@@ -230,16 +181,28 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
 
+__all__ = ["DataFormat", "SourceConfig", "SourcePart"]
+
 SOURCES = (("data", "train"), ("data", "eval"), ("evaluate", "data"))
 
 
 def expand_sources(value: Any) -> Any:
-    """A config tree in which `data.train: rows.jsonl` reads `data.train: {path: rows.jsonl}`; others unchanged."""
+    """A config tree in which a data source given as text reads {path: text}, and one given as a list {sources: [...]}."""
     if not isinstance(value, dict):
         return value
     tree = dict(value)
     for section, field in SOURCES:
         part = tree.get(section)
-        if isinstance(part, dict) and isinstance(part.get(field), str):
-            tree[section] = {**part, field: {"path": part[field]}}
+        if isinstance(part, dict) and isinstance(part.get(field), str | list | dict):
+            tree[section] = {**part, field: _expand_source(part[field])}
     return tree
+
+
+def _expand_source(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"path": value}
+    if isinstance(value, list):
+        return {"sources": [_expand_source(item) if isinstance(item, str) else item for item in value]}
+    if isinstance(value.get("sources"), list):
+        return {**value, **_expand_source(value["sources"])}
+    return value

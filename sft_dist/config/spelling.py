@@ -1,11 +1,13 @@
-"""What a user probably meant by a key that does not exist."""
+"""One mistake in a config, how its message shows values, and what a user probably meant by a key that does not exist."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -67,6 +69,31 @@ _ALIASES = {
 }
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the field's dotted path, what is wrong, and the other fields that the judgement rests on."""
+
+    path: str
+    text: str
+    rests_on: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        return f"{self.path}   {self.text}"
+
+
+def shown(value: Any) -> str:
+    """`value` as an error message shows it: text in quotes, the rest as YAML would have it, cut after 60 characters."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def did_you_mean(word: str, known: Any, cutoff: float = 0.6) -> str:
+    """'; did you mean X?' for the nearest of `known`, '' if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def suggest(path: tuple[str, ...]) -> tuple[str, list[str]]:
     """Advice on the unknown key at `path`, and the dotted fields that were probably meant."""
     parent, key = ".".join(path[:-1]), path[-1].replace("-", "_").lower()
@@ -105,7 +132,9 @@ def all_fields() -> tuple[str, ...]:
 
 
 def submodel(annotation: Any) -> type[BaseModel] | None:
-    """The model class that a field's type is, or holds beside None; None for a plain value."""
+    """The model class that a field's type is, or holds beside None; None for a plain value and for a list."""
+    if typing.get_origin(annotation) is tuple:
+        return None
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

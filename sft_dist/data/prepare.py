@@ -6,38 +6,25 @@ rename, so it is either whole or not there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
-from sft_dist.data.formats import Example
+from sft_dist.data.example import Example
+from sft_dist.data.identity import data_key
+from sft_dist.data.prepared import LEDGER, Prepared, open_prepared, prepared_folder
 from sft_dist.data.sources import load_examples
 from sft_dist.data.template import ChatTemplate
 from sft_dist.data.tokenize import tokenize
 from sft_dist.errors import DataError
-from sft_dist.files import publish_dir, read_json, write_json
+from sft_dist.files import publish_dir, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-# Raised when the same rows become other tokens or labels; a new release alone refuses no run that goes on.
-FORMAT = "1"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenised rows (`input_ids`, `labels`: lists of ids) and what was counted on the way."""
-
-    train: Dataset
-    eval: Dataset | None
-    ledger: dict[str, Any]
 
 
 def load_splits(config: Config) -> tuple[list[Example], list[Example], dict[str, list[str]]]:
@@ -65,36 +52,27 @@ def load_splits(config: Config) -> tuple[list[Example], list[Example], dict[str,
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, cache: Path) -> Prepared:
     """Tokenise the config's rows below `cache`, or map what is there from an earlier time."""
-    from datasets import load_from_disk
+    target = prepared_folder(cache, data_key(config, tokenizer, template, cache))
+    found = open_prepared(target)
+    if found is None:
+        _build(config, tokenizer, template, target)
+        found = open_prepared(target)
+    if found is None:
+        raise DataError(f"{target} was prepared, and is not there", hint="is somebody emptying the cache?")
+    return found
 
+
+def _build(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, target: Path) -> None:
     train, held_out, dropped = load_splits(config)
     splits = {"train": train, **({"eval": held_out} if held_out else {})}
-    target = cache / "data" / _key(config, tokenizer, template, splits)
-    if not target.is_dir():
-        with publish_dir(target) as staged:
-            ledger = {}
-            for name, examples in splits.items():
-                dataset, ledger[name] = _tokenize_split(config, tokenizer, template, examples)
-                dataset.save_to_disk(str(staged / name))
-            write_json(staged / "ledger.json", ledger)
-    return Prepared(
-        train=load_from_disk(str(target / "train")),
-        eval=load_from_disk(str(target / "eval")) if held_out else None,
-        ledger={"key": target.name, "template": template.origin, **_ledger(target, splits, dropped)},
-    )
-
-
-def _ledger(target: Path, splits: dict[str, list[Example]], dropped: dict[str, list[str]]) -> dict[str, Any]:
-    """The counts of the cached tokens by split, and those of the rows read this time."""
-    counts = read_json(target / "ledger.json")
-    return {
-        name: {
-            "rows_in": len(examples) + len(dropped[name]),
-            "dropped_bad_rows": len(dropped[name]),
-            **counts[name],
-        }
-        for name, examples in splits.items()
-    }
+    with publish_dir(target) as staged:
+        ledger: dict[str, Any] = {"template": template.origin}
+        for name, examples in splits.items():
+            dataset, counts = _tokenize_split(config, tokenizer, template, examples)
+            dataset.save_to_disk(str(staged / name))
+            bad = len(dropped[name])
+            ledger[name] = {"rows_in": len(examples) + bad, "dropped_bad_rows": bad, **counts}
+        write_json(staged / LEDGER, ledger)
 
 
 def _tokenize_split(
@@ -152,24 +130,3 @@ def _tokenize_split(
     lengths = [len(row["input_ids"]) for row in usable]
     counts["spread"] = round(statistics.pstdev(lengths), 2)
     return Dataset.from_list(usable, features=features), counts
-
-
-def _key(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    splits: dict[str, list[Example]],
-) -> str:
-    digest = hashlib.sha256()
-    backend = tokenizer.backend_tokenizer.to_str()
-    settings: list[Any] = [FORMAT, config.data.max_length, config.data.assistant_only_loss, config.data.on_bad_row]
-    settings.append(tokenizer.special_tokens_map)
-    for part in (json.dumps(settings, default=str), backend, template.training_text):
-        digest.update(hashlib.sha256(part.encode()).digest())
-    for name, examples in splits.items():
-        digest.update(name.encode())
-        for example in examples:
-            content = asdict(example)
-            content.pop("where")
-            digest.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:20]

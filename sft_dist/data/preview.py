@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sft_dist.data.formats import Example, prompt_messages
+from sft_dist.data.example import Example, prompt_messages
 
 NEWLINE, SPACE, TAB, CUT = "\u21b5", "\u00b7", "\u21e5", "\u2026"
 # Around every trained span, so that it is seen without colour; where the data holds these signs, they are spelled out.

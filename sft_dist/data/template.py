@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]
+# Parts of a message that say who did what, not what was said; many templates need none of them.
+OPTIONAL = ("name", "tool_call_id")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _PROBE = (
     {"role": "user", "content": "question"},
@@ -87,15 +89,22 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages
 
 
 def render_trained(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, first_trained: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    messages: Messages,
+    first_trained: int = 0,
+    tools: Sequence[Any] = (),
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and the character spans of what the assistant says from `first_trained` on.
 
-    A span holds the words and the end-of-turn token. Raises ConfigError if the template does not allow to tell.
+    A span holds the words and the end-of-turn token. Raises ConfigError if the template does not allow to tell, or has no
+    place for something that the messages hold.
     """
+    _refuse_unseen(template, messages, tools)
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if template.has_markers:
-        text, spans = _marked_spans(tokenizer, template.training_text, messages)
+        text, spans = _marked_spans(tokenizer, template.training_text, messages, options)
         if len(spans) != len(turns):
             raise ConfigError(
                 f"the chat template marks {len(spans)} generation(s) in a conversation with {len(turns)} assistant "
@@ -103,8 +112,20 @@ def render_trained(
                 hint="put {% generation %} ... {% endgeneration %} around each assistant message, end-of-turn included",
             )
     else:
-        text, spans = _prefix_spans(tokenizer, template.training_text, messages, turns)
-    return text, [span for turn, span in zip(turns, spans, strict=True) if turn >= first_trained]
+        text, spans = _prefix_spans(tokenizer, template.training_text, messages, turns, options)
+    trained = [turn >= first_trained and messages[turn].get("train", True) for turn in turns]
+    return text, [span for wanted, span in zip(trained, spans, strict=True) if wanted]
+
+
+def _refuse_unseen(template: ChatTemplate, messages: Messages, tools: Sequence[Any]) -> None:
+    """A template passes over what it does not know: the row would say something else, in silence."""
+    held = {key for message in messages for key in message if key not in ("role", "content", "train", *OPTIONAL)}
+    for key in sorted(held | ({"tools"} if tools else set())):
+        if key not in template.training_text:
+            raise ConfigError(
+                f"the chat template has no place for {key}, which would be left out",
+                hint=f"set model.chat_template to one that writes {key}, or take it out of the rows",
+            )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
@@ -127,7 +148,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> s
     )
 
 
-def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, list[Span]]:
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, options: dict[str, Any]
+) -> tuple[str, list[Span]]:
     # The function behind apply_chat_template; that method itself returns the marks only as a mask over tokens, which
     # it computes row by row.
     from jinja2.exceptions import TemplateError
@@ -138,6 +161,7 @@ def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, messages: M
             conversations=[list(messages)],
             chat_template=template,
             return_assistant_tokens_mask=True,
+            **options,
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, TypeError, KeyError) as error:
@@ -154,14 +178,18 @@ def _refusal(messages: Messages, error: Exception) -> ConfigError:
 
 
 def _prefix_spans(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, turns: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Messages,
+    turns: Sequence[int],
+    options: dict[str, Any],
 ) -> tuple[str, list[Span]]:
     """Where each assistant turn stands, from what the template renders before it and up to its end."""
-    text = render(tokenizer, template, messages)
+    text = render(tokenizer, template, messages, **options)
     spans = []
     for turn in turns:
-        before = render(tokenizer, template, messages[:turn], add_generation_prompt=True)
-        upto = render(tokenizer, template, messages[: turn + 1])
+        before = render(tokenizer, template, messages[:turn], add_generation_prompt=True, **options)
+        upto = render(tokenizer, template, messages[: turn + 1], **options)
         if not upto.startswith(before) or not text.startswith(upto.rstrip()):
             raise ConfigError(
                 "the tokenizer's chat template renders earlier turns differently once later ones follow, so the "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sft_dist.data.formats import Example
+from sft_dist.data.example import Example
 from sft_dist.data.template import ChatTemplate, Span, render_trained
 from sft_dist.errors import ConfigError
 
@@ -82,7 +82,7 @@ def _render(
     if not example.messages:
         return *_render_plain(example, tokenizer), None
     try:
-        return *render_trained(tokenizer, template, example.messages, example.first_trained), None
+        return *render_trained(tokenizer, template, example.messages, example.first_trained, example.tools), None
     except ConfigError as error:
         return "", [], error.message
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_dist.config.schema import Config
-from sft_dist.data.formats import Example, expected_answer, prompt_messages
+from sft_dist.data.example import Example, expected_answer, prompt_messages
 from sft_dist.data.sources import load_examples
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.files import read_jsonl, write_json, write_jsonl
@@ -138,7 +138,10 @@ def write_held_out(run: RunDir, examples: Sequence[Example]) -> None:
 
 def read_held_out(run: RunDir) -> list[Example]:
     """The rows that `write_held_out` kept."""
-    return [Example(**{**row, "messages": tuple(row["messages"])}) for row in read_jsonl(run.held_out)]
+    rows = read_jsonl(run.held_out)
+    return [
+        Example(**{**row, "messages": tuple(row["messages"]), "tools": tuple(row.get("tools", ()))}) for row in rows
+    ]
 
 
 def _ask(config: Config, loaded: Loaded) -> list[dict[str, Any]]:

@@ -54,11 +54,12 @@ def _places(config: Config, run: RunDir) -> Iterator[tuple[str, Path]]:
     if "/" in config.model.name and not Path(config.model.name).expanduser().is_dir():
         yield "HF_HOME", Path(names.get("HF_HUB_CACHE") or names["HF_HOME"])
     files = {"model.name": config.model.name, "model.tokenizer": config.model.tokenizer}
-    files |= {"data.train": config.data.train.path, "data.eval": config.data.eval.path if config.data.eval else None}
+    for field, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        files |= {f"{field}[{index}]": part.path for index, part in enumerate(source.parts if source else ())}
     for field, name in files.items():
         path = Path(name or "").expanduser()
         if name and path.exists():
-            yield field, path.absolute()
+            yield field.removesuffix("[0]"), path.absolute()
     yield "the Python environment", Path(sys.prefix)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import Config, SourcePart
 from sft_dist.files import read_json
 from sft_dist.rundir import RunDir, runs_root
 
@@ -89,15 +89,22 @@ def _ledger(config: Config) -> Rows | None:
 
 
 def _count(config: Config) -> tuple[int | None, str]:
-    source = config.data.train
+    counted = [_count_part(part) for part in config.data.train.parts]
+    rows = [count for count, _ in counted]
+    total = None if None in rows else sum(count or 0 for count in rows)
+    return total, " and ".join(text for _, text in counted)
+
+
+def _count_part(source: SourcePart) -> tuple[int | None, str]:
     if source.task is not None:
-        rows = min(source.rows, source.sample or source.rows)
+        rows = int(min(source.rows, source.sample or source.rows) * source.weight)
         return rows, f"{rows} rows of the task {source.task}"
     path = Path(source.path or "").expanduser()
     counted = _lines(path) if path.suffix in LINE_SUFFIXES and path.is_file() else None
     if counted is None:
-        return source.sample, f"{source.sample or 'an unknown number of'} rows of {source.path}"
-    rows = min(counted, source.sample or counted)
+        asked = None if source.sample is None else int(source.sample * source.weight)
+        return asked, f"{asked or 'an unknown number of'} rows of {source.path}"
+    rows = int(min(counted, source.sample or counted) * source.weight)
     return rows, f"{rows} rows of {path.name}"
 
 

@@ -85,7 +85,7 @@ def _tied_once(weights: dict[str, torch.Tensor], tied: dict[str, str]) -> dict[s
 
 def model_card(run: RunDir, config: Config) -> str:
     """The model card: what was trained from what, on what, and how to load it."""
-    source = config.data.train.path or f"synthetic task {config.data.train.task}"
+    source = ", ".join(part.path or f"synthetic task {part.task}" for part in config.data.train.parts)
     numbers = "\n".join(f"- {name} {number}" for name, number in versions().items())
     return f"""---
 library_name: transformers

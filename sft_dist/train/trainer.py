@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from sft_dist.data.prepare import Prepared
+    from sft_dist.data.prepared import Prepared
 
 
 class Trainer(SavingTrainer):

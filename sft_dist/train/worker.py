@@ -7,12 +7,16 @@ is written by the main one.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
-from sft_dist.errors import ConfigError, RunStopped, SftDistError
+from sft_dist.errors import ConfigError, DataError, PreflightError, RunStopped, SftDistError
 from sft_dist.files import write_json
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from sft_dist.data.prepare import Prepared
+    from sft_dist.data.prepared import Prepared
     from sft_dist.train.health import Health
     from sft_dist.train.saving import Saves
     from sft_dist.train.tokenizer import RunTokenizer
@@ -156,22 +160,44 @@ def _disagreement(error: ValueError) -> Exception:
 
 
 def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) -> Prepared:
-    """The tokenised rows: the main process makes them if they are not there yet, then all of them map the same files."""
-    from sft_dist.data.prepare import prepare
+    """The tokenised rows, which all processes map; a process of its own makes them if they are not there yet."""
+    from sft_dist.data.identity import data_key
+    from sft_dist.data.prepared import open_prepared, prepared_folder
     from sft_dist.train.pretrained import cache_root
 
     phase("prepare")
 
-    def rows() -> Prepared:
-        return prepare(config, tokens.tokenizer, tokens.template, cache_root())
+    def there() -> Prepared | None:
+        return open_prepared(
+            prepared_folder(cache_root(), data_key(config, tokens.tokenizer, tokens.template, cache_root()))
+        )
 
-    made: list[Prepared] = []
-    ranks.by_main(lambda: made.append(rows()))
-    if not ranks.is_main:
-        return rows()
-    write_json(run.ledger, made[0].ledger)
-    log.info("%s", summary(made[0].ledger))
-    return made[0]
+    if ranks.by_main(lambda: there() is None):
+        ranks.by_main(lambda: _prepare_elsewhere(run))
+    made = there()
+    if made is None:
+        raise DataError("the rows were prepared, and are not there", hint="is the cache on a disk that all nodes see?")
+    if ranks.is_main:
+        write_json(run.ledger, made.ledger)
+        log.info("%s", summary(made.ledger))
+    return made
+
+
+def _prepare_elsewhere(run: RunDir) -> None:
+    """Have the rows prepared by a process that no launcher knows; its errors are raised here."""
+    foreign = re.compile(
+        r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|ACCELERATE|FSDP)_.*"
+    )
+    environment = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+    command = [sys.executable, "-m", "sft_dist.data_here", str(run.config)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        lines = done.stdout.splitlines()
+        told = (
+            json.loads(lines[-1]) if lines else {"message": f"preparing the rows ended with status {done.returncode}"}
+        )
+        kinds = {kind.exit_code: kind for kind in (SftDistError, ConfigError, PreflightError, DataError)}
+        raise kinds.get(done.returncode, SftDistError)(told["message"], hint=told.get("hint"))
 
 
 def _refine(run: RunDir, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:

@@ -9,6 +9,7 @@ import pytest
 from sft_dist.data.formats import (
     RIGHT_CHAT_PAIR,
     RIGHT_ROWS,
+    RowFormat,
     detect_format,
     expected_answer,
     parse_row,
@@ -110,11 +111,10 @@ def test_right_rows_shown_to_users_are_right(name):
 
 def test_detection_error_names_keys_and_formats():
     with pytest.raises(DataError) as caught:
-        detect_format({"question": "?", "answer": "!"})
-    assert "question, answer" in caught.value.message
+        detect_format({"frage": "?", "antwort": "!"})
+    assert "frage, antwort" in caught.value.message
     assert all(name in str(caught.value) for name in RIGHT_ROWS)
-    with pytest.raises(DataError, match='rename "conversations" to "messages"'):
-        detect_format({"conversations": [{"from": "human", "value": "Hi"}]})
+    assert "fields={prompt: YOUR_NAME" in str(caught.value)
 
 
 MESSAGES_ERRORS = [
@@ -129,10 +129,19 @@ MESSAGES_ERRORS = [
     ([USER, {"role": "assistant"}], r"messages\[1\] \(assistant\) has no content"),
     ([USER, says("assistant", None)], r"messages\[1\] \(assistant\) has no content"),
     ([USER, says("assistant", 4)], r"content is a number, not text"),
-    ([USER, says("assistant", [{"type": "text", "text": "x"}])], "list of parts"),
+    (
+        [USER, says("assistant", [{"type": "image", "url": "x"}])],
+        r"content\[0\] is a part of type 'image'; only parts of text",
+    ),
+    ([USER, says("assistant", [{"type": "text", "text": 4}])], r"content\[0\]\.text is a number, not text"),
     ([USER, says("assistant", "cut \ud83d")], "half of a surrogate pair"),
-    ([USER, {**ANSWER, "tool_calls": [{}]}], r"messages\[1\] has tool_calls, which is not supported"),
-    ([USER, {**ANSWER, "weight": 0}], "has weight, which is not supported"),
+    ([USER, {**ANSWER, "tool_calls": [{}]}], r"messages\[1\] has a tool call without the name of a function"),
+    ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "x"}]}], "calls f with arguments that are no object"),
+    ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], r"messages\[0\] \(user\) has tool_calls"),
+    ([USER, {**ANSWER, "function_call": {"name": "f"}}], "has function_call, which no chat template reads"),
+    ([USER, {**ANSWER, "weight": 0}], "every answer has train: false or weight 0"),
+    ([USER, {**ANSWER, "weight": 0.5}], r"weight is 0.5; it is 1 \(trained\) or 0"),
+    ([USER, {**ANSWER, "train": "no"}], "train is text, not true or false"),
     ([USER], "has no assistant message, so there is no answer"),
     ([USER, says("assistant", " \n")], r"messages\[1\] is an empty answer of the assistant"),
     ([says("user", ""), ANSWER], r"messages\[0\] is an empty user message"),
@@ -189,3 +198,140 @@ def test_long_and_hostile_keys_stay_on_one_short_line():
         parse_row(row, "messages", "w", None)
     assert "\x1b" not in caught.value.message and "\n" not in caught.value.message
     assert len(caught.value.message) < 250
+
+
+# --- the other formats -----------------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def turns(example):
+    return [(message["role"], message["content"]) for message in example.messages]
+
+
+def test_sharegpt_rows_with_calls_and_observations():
+    row = {
+        "system": "Be kind.",
+        "tools": json.dumps([TOOL]),
+        "conversations": [
+            {"from": "human", "value": "Weather in Rome?"},
+            {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"city": "Rome"}})},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "It is sunny."},
+        ],
+        "id": 3,
+    }
+    example = parse_row(row, "auto", "w")
+    assert turns(example) == [
+        ("system", "Be kind."),
+        ("user", "Weather in Rome?"),
+        ("assistant", ""),
+        ("tool", "sunny"),
+        ("assistant", "It is sunny."),
+    ]
+    assert example.messages[2]["tool_calls"] == [CALL]
+    assert (example.tools, example.fields) == ((TOOL,), {"id": 3})
+    own = [{"from": "system", "value": "Own."}, *row["conversations"]]
+    assert turns(parse_row({"conversations": own}, "auto", "w", "S"))[0] == ("system", "Own.")
+
+
+def test_conversations_with_roles_and_content_are_messages():
+    assert detect_format({"conversations": [USER, ANSWER]}) == "messages"
+    assert parse_row({"conversations": [USER, ANSWER]}, "auto", "w").messages == (USER, ANSWER)
+    assert detect_format({"conversations": json.dumps([{"from": "human", "value": "Hi"}])}) == "sharegpt"
+
+
+def test_renamed_roles_and_columns():
+    row = {"dialog": [{"who": "client", "said": "Hi"}, {"who": "agent", "said": "Hello!"}], "note": "x"}
+    how = RowFormat(
+        columns={"messages": "dialog", "role": "who", "content": "said"}, roles={"client": "user", "agent": "assistant"}
+    )
+    example = parse_row(row, how, "w")
+    assert (example.messages, example.fields) == ((USER, ANSWER), {"note": "x"})
+    plain = RowFormat(columns={"prompt": "frage", "completion": "antwort"})
+    example = parse_row({"frage": "2 + 2 =", "antwort": " 4"}, plain, "w")
+    assert (example.prompt, example.completion, example.fields) == ("2 + 2 =", " 4", {})
+    with pytest.raises(DataError, match=r"unknown role 'boss' \(roles: system, user, assistant, tool, client, agent\)"):
+        parse_row({"dialog": [{"who": "boss", "said": "Hi"}]}, how, "w")
+
+
+def test_alpaca_history_and_system():
+    row = {
+        "instruction": "And 3 + 3?",
+        "input": "",
+        "output": "6",
+        "system": "Count.",
+        "history": [["1 + 1?", "2"], ["2 + 2?", "4"]],
+    }
+    example = parse_row(row, "auto", "w", "other")
+    asked = ["1 + 1?", "2", "2 + 2?", "4", "And 3 + 3?", "6"]
+    assert turns(example) == [("system", "Count."), *zip(["user", "assistant"] * 3, asked, strict=True)]
+    assert example.fields == {}
+    with pytest.raises(DataError, match=r"history\[1\] is no pair"):
+        parse_row({**row, "history": [["a", "b"], ["c"]]}, "auto", "w")
+
+
+def test_questions_answers_and_plain_text():
+    example = parse_row({"question": "2 + 2?", "answer": "4", "id": 1}, "auto", "w", "S")
+    assert (turns(example), example.fields) == ([("system", "S"), ("user", "2 + 2?"), ("assistant", "4")], {"id": 1})
+    example = parse_row({"text": "Once upon a time", "id": 1}, "auto", "w", "S")
+    assert (example.messages, example.prompt, example.completion) == ((), "", "Once upon a time")
+    assert example.fields == {"id": 1}
+
+
+def test_content_in_parts_is_joined():
+    parts = [{"type": "text", "text": "Hello"}, {"text": ", "}, "world"]
+    assert (
+        parse_row({"messages": [USER, says("assistant", parts)]}, "auto", "w").messages[1]["content"] == "Hello, world"
+    )
+
+
+def test_calls_reasoning_and_training_marks_are_kept():
+    calling = {
+        "role": "assistant",
+        "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}],
+    }
+    answer = {**ANSWER, "reasoning_content": "Thinking.", "train": False}
+    row = {
+        "messages": [USER, calling, {"role": "tool", "name": "weather", "content": "sunny"}, answer],
+        "tools": [TOOL],
+    }
+    example = parse_row(row, "auto", "w")
+    assert example.messages == (
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALL}]},
+        {"role": "tool", "content": "sunny", "name": "weather"},
+        {**ANSWER, "reasoning_content": "Thinking.", "train": False},
+    )
+    assert example.tools == (TOOL,)
+
+
+def test_arguments_that_a_table_filled_with_null_are_left_out_and_spelled_ones_kept():
+    def arguments(given):
+        row = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": given}]}]}
+        return parse_row(row, "auto", "w").messages[1]["tool_calls"][0]["function"]["arguments"]
+
+    assert arguments({"a": 1, "b": None}) == {"a": 1}
+    assert arguments('{"a": 1, "b": null}') == {"a": 1, "b": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [says("asistant", "x")]}, "unknown_role"),
+        ({"messages": [USER, USER]}, "no_answer"),
+        ({"messages": [ANSWER, USER]}, "wrong_order"),
+        ({"messages": [USER, says("assistant", " ")]}, "empty_answer"),
+        ({"messages": [says("user", " "), ANSWER]}, "empty_question"),
+        ({"prompt": "a", "completion": ""}, "empty_answer"),
+        ({"question": "a", "answer": None}, "no_answer"),
+        ({"instruction": "a", "output": ""}, "empty_answer"),
+        ({"messages": 3}, "wrong_format"),
+        ([], "wrong_format"),
+    ],
+)
+def test_a_bad_row_says_what_kind_of_bad(row, reason):
+    with pytest.raises(DataError) as caught:
+        parse_row(row, "auto", "w")
+    assert caught.value.reason == reason

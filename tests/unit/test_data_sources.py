@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.schema import SourceConfig, SourcePart
+from sft_dist.data.readers import file_rows
 from sft_dist.data.sources import load_examples, task_rows, write_task
 from sft_dist.errors import ConfigError, DataError
 
@@ -112,7 +118,15 @@ def test_home_folder_in_path(rows_file, tmp_path, monkeypatch):
         (lines(row()).encode("utf-16"), "rows.json", "rows.json is UTF-16 text"),
         (lines(row("a")).encode() + b'{"a": "caf\xe9"}\n', "rows.jsonl", r"rows.jsonl:2 is not UTF-8 text \(byte 0xe9 at position 11\)"),
         (b'["caf\xe9"]', "rows.json", r"rows.json is not UTF-8 text \(byte 0xe9"),
-        ("a,b\n1,2\n", "rows.csv", "rows.csv is not read as it is: files must be JSON or JSONL"),
+        ("a,b\n1,2\n", "rows.csv", r"rows.csv:2: the format cannot be told from its keys \(a, b\)"),
+        ("prompt,completion\n", "rows.csv", "rows.csv holds no rows"),
+        ('prompt,completion\na,"b\n', "rows.csv", r"rows.csv:2: not valid CSV: unexpected end of data"),
+        (b"prompt,completion\na,caf\xe9\n", "rows.csv", r"rows.csv \(after line 1\) is not UTF-8 text"),
+        (b"no parquet", "rows.parquet", "rows.parquet is not valid Parquet"),
+        (b"no arrow", "rows.arrow", "rows.arrow is not valid Arrow"),
+        (b"no gzip", "rows.jsonl.gz", r"rows.jsonl.gz cannot be read: Not a gzipped file"),
+        (gzip.compress(lines(row()).encode(), mtime=0)[:-9], "rows.jsonl.gz", r"rows.jsonl.gz cannot be read: "),
+        (b"no zstd", "rows.jsonl.zst", "rows.jsonl.zst cannot be read: "),
         ("[" * 100_000, "rows.json", "not valid JSON"),
     ],
 )  # fmt: skip
@@ -122,16 +136,6 @@ def test_unusable_files(rows_file, content, name, message, on_bad_row):
         load(rows_file(content, name), on_bad_row=on_bad_row)
     assert caught.value.exit_code == 4
     assert caught.value.hint
-
-
-def test_hint_for_other_file_types_works(rows_file, tmp_path):
-    path = rows_file("prompt,completion\none plus one is,two\n", "my rows.csv")
-    with pytest.raises(DataError) as caught:
-        load(path)
-    program = caught.value.hint.split('-c "')[1].rstrip('"')
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert load(tmp_path / "my rows.jsonl")[0][0].completion == "two"
 
 
 def test_bad_rows_are_reported_together(rows_file):
@@ -170,9 +174,9 @@ def test_row_without_an_answer(rows_file):
 
 
 def test_undetectable_format_names_keys_and_formats(rows_file):
-    path = rows_file(lines({"question": "a", "answer": "b"}))
+    path = rows_file(lines({"frage": "a", "antwort": "b"}))
     with pytest.raises(
-        DataError, match=r"rows.jsonl:1: the format cannot be told from its keys \(question, answer\)"
+        DataError, match=r"rows.jsonl:1: the format cannot be told from its keys \(frage, antwort\)"
     ) as e:
         load(path)
     assert "prompt_completion" in e.value.hint and "instruction" in e.value.hint
@@ -189,15 +193,17 @@ def test_missing_files(rows_file, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="there is no file") as caught:
         load(tmp_path / "train_row.jsonl")
     assert caught.value.hint == f"did you mean {tmp_path / 'train_rows.jsonl'}?"
-    with pytest.raises(DataError, match=r"JSON files in .*: train_rows\.jsonl"):
+    with pytest.raises(DataError, match=r"data files in .*: train_rows\.jsonl"):
         load(tmp_path / "zzz.json")
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist"):
         load(tmp_path / "nowhere" / "rows.jsonl")
     (tmp_path / "sub").mkdir()
-    with pytest.raises(DataError, match="there are no JSON files in"):
+    with pytest.raises(DataError, match="there are no data files in"):
         load(tmp_path / "sub" / "rows.jsonl")
-    with pytest.raises(DataError, match=r"is a folder, not a file\n  JSON files in .*: train_rows.jsonl"):
-        load(tmp_path)
+    with pytest.raises(DataError, match=r"sub holds no data files\n  known endings: \.json, \.jsonl"):
+        load(tmp_path / "sub")
+    with pytest.raises(DataError, match=r"\*\.csv holds no data files"):
+        load(tmp_path / "*.csv")
     monkeypatch.chdir(tmp_path)
     for name in ("./rows", "../x/rows", "a/b/c", "my rows", "train_rows.json"):
         with pytest.raises(DataError, match="there is no file"):
@@ -294,3 +300,169 @@ def test_write_task_writes_what_the_task_source_gives(tmp_path):
 def test_unknown_task():
     with pytest.raises(ConfigError, match="there is no synthetic task 'ticket'; did you mean tickets"):
         task_rows("ticket", 3, 1)
+
+
+# --- every kind of file ----------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+RECORDS = [row(f"answer {n}, \u6771\u4eac \U0001f389\n2", id=n) for n in range(5)]
+
+
+def write_json(path, records):
+    path.write_text(json.dumps(records, indent=2), encoding="utf-8")
+
+
+def write_jsonl(path, records):
+    path.write_text(lines(*records), encoding="utf-8")
+
+
+def write_gz(path, records):
+    path.write_bytes(gzip.compress(lines(*records).encode()))
+
+
+def write_zst(path, records):
+    path.write_bytes(pyarrow.compress(lines(*records).encode(), codec="zstd", asbytes=True))
+
+
+def write_csv(path, records):
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+        table.writerow(["messages", "id"])
+        table.writerows([json.dumps(record["messages"]), record["id"]] for record in records)
+
+
+def write_parquet(path, records):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=2)
+
+
+def write_arrow_stream(path, records):
+    table = pyarrow.Table.from_pylist(records)
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_arrow_file(path, records):
+    table = pyarrow.Table.from_pylist(records)
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_saved(path, records):
+    import datasets
+
+    datasets.Dataset.from_list(records).save_to_disk(path)
+
+
+WRITERS = {
+    "rows.json": (write_json, ": row 3"),
+    "rows.jsonl": (write_jsonl, ":3"),
+    "rows.ndjson": (write_jsonl, ":3"),
+    "rows.jsonl.gz": (write_gz, ":3"),
+    "rows.jsonl.zst": (write_zst, ":3"),
+    "rows.csv": (write_csv, ":4"),
+    "rows.tsv": (write_csv, ":4"),
+    "rows.parquet": (write_parquet, ": row 3"),
+    "stream.arrow": (write_arrow_stream, ": row 3"),
+    "file.arrow": (write_arrow_file, ": row 3"),
+    "saved": (write_saved, ": row 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    write, third = WRITERS[name]
+    path = tmp_path / name
+    write(path, RECORDS)
+    examples, dropped = load(path)
+    assert answers(examples) == [record["messages"][1]["content"] for record in RECORDS]
+    assert [str(example.fields["id"]) for example in examples] == [*"01234"]
+    assert examples[2].where == f"{path}{third}"
+    assert dropped == []
+
+
+def test_a_csv_row_that_spans_lines_is_named_by_its_first(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\n"a\nb",c\nd,e,f\ng,h\n')
+    examples, dropped = load(path, on_bad_row="drop")
+    assert [(e.where, e.prompt) for e in examples] == [(f"{path}:2", "a\nb"), (f"{path}:5", "g")]
+    assert dropped == [f"{path}:4: 3 cells under 2 columns"]
+
+
+def test_saved_splits_are_chosen_by_name(tmp_path):
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list([row(name)]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert answers(load(tmp_path / "saved")[0]) == ["train"]
+    assert answers(load(tmp_path / "saved", split="test")[0]) == ["test"]
+    with pytest.raises(DataError, match="has no split 'dev'\n  its splits: train, test"):
+        load(tmp_path / "saved", split="dev")
+
+
+def test_folders_and_patterns(tmp_path):
+    (tmp_path / "rows" / "more").mkdir(parents=True)
+    write_jsonl(tmp_path / "rows" / "b.jsonl", [row("b")])
+    write_json(tmp_path / "rows" / "a.json", [row("a")])
+    write_parquet(tmp_path / "rows" / "more" / "c.parquet", [row("c")])
+    (tmp_path / "rows" / "README.md").write_text("no rows")
+    (tmp_path / "rows" / ".hidden.jsonl").write_text("no rows")
+    assert answers(load(tmp_path / "rows")[0]) == ["a", "b", "c"]
+    assert answers(load(tmp_path / "rows" / "*.json*")[0]) == ["a", "b"]
+    assert answers(load(tmp_path / "rows" / "**" / "*.parquet")[0]) == ["c"]
+    assert load(tmp_path / "rows")[0][1].where == f"{tmp_path}/rows/b.jsonl:1"
+
+
+def test_sources_are_mixed_with_weights_and_caps(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row(f"a{n}") for n in range(4)])
+    write_csv(tmp_path / "b.csv", [row(f"b{n}", id=n) for n in range(4)])
+    parts = (
+        SourcePart(path=str(tmp_path / "a.jsonl"), weight=0.5),
+        SourcePart(path=str(tmp_path / "b.csv"), sample=2, weight=2.0),
+        SourcePart(task="mix", rows=3),
+    )
+    examples, _ = load_examples(SourceConfig(sources=parts), system=None, on_bad_row="error")
+    assert answers(examples)[:6] == ["a1", "a3", "b0", "b0", "b1", "b1"]
+    assert len(examples) == 9
+    assert len(load(tmp_path / "a.jsonl", weight=1.5)[0]) == 6
+
+
+def test_bad_rows_of_several_sources_are_reported_together(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row("a"), {"messages": []}])
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "x", "completion": ""}])
+    parts = tuple(SourcePart(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(
+        DataError,
+        match=r"2 of 3 rows cannot be used:\n.*a\.jsonl:2: messages is an empty list\n.*b\.jsonl:1: completion is empty",
+    ):
+        load_examples(SourceConfig(sources=parts), system=None, on_bad_row="error")
+
+
+def test_an_array_is_read_piece_by_piece(tmp_path, monkeypatch):
+    """Items that cross the borders of pieces, and what follows the array, are read right at every size of a piece."""
+    from sft_dist.data import json_rows
+
+    records = [row("\u6771\u4eac]},[" * n, id=1234567890) for n in range(6)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n  \n", encoding="utf-8")
+    for size in (1, 2, 3, 7, 64):
+        monkeypatch.setattr(json_rows, "PIECE", size)
+        read = [found.record for found in file_rows(path, "rows.json")]
+        assert read == records
+    for text in ("[1, 2", "[1 2]", "[1, ]", "[,1]"):
+        path.write_text(text)
+        with pytest.raises(DataError, match="not valid JSON"):
+            list(file_rows(path, "rows.json"))
+
+
+def test_memory_does_not_grow_with_an_array(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "rows.json"
+    with path.open("w") as stream:
+        stream.write("[" + ",\n".join(json.dumps(row("x" * 1000)) for _ in range(20_000)) + "]")
+    tracemalloc.start()
+    count = sum(1 for _ in file_rows(path, "rows.json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < path.stat().st_size / 2

@@ -58,7 +58,7 @@ def test_the_reference_says_what_a_field_takes():
     assert rows["train.learning_rate"] == ["number, above 0", "`2e-05`", "Peak learning rate."]
     assert rows["model.dtype"][:2] == ["`auto`, `float32` or `bfloat16`", "`auto`"]
     assert rows["run.seed"][:2] == ["whole number, 0 or more, below 4294967296", "`42`"]
-    assert rows["data.train"][:2] == ["text; or mapping, see [Source](#source)", "`{task: tickets}`"]
+    assert rows["data.train"][:2] == ["text; or list; or mapping, see [Source](#source)", "`{task: tickets}`"]
     assert rows["evaluate.generation"][1] == "its own defaults"
     assert rows["evaluate.questions"][:2] == ["list of text", "`[]`"]
 

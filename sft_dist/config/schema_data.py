@@ -1,0 +1,84 @@
+"""The fields that say where rows come from and how they become tokens and labels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sft_dist.config.section import Count, Positive, Section
+
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class SourcePart(Section):
+    """Where rows come from: files, a datasets name, or a synthetic task. A plain string is short for `path`."""
+
+    path: str | None = None
+    """A file (JSON, JSONL, CSV, Parquet or Arrow; .gz and .zst are unpacked), a folder of such files or one that datasets saved, a pattern such as `rows/*.jsonl`, or the name of a dataset on the Hub."""
+    name: str | None = None
+    """Configuration of a Hub dataset, as in `load_dataset(path, name)`."""
+    split: str = "train"
+    """Split of a Hub dataset, or of a folder that datasets saved with several."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    task: Literal["tickets", "mix"] | None = None
+    """Generate rows instead: `tickets` (customer requests of six categories) or `mix` (arithmetic, fixed phrases, follow-up turns)."""
+    rows: Count = 200
+    """How many rows a synthetic task generates."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of a synthetic task."""
+    format: DataFormat = "auto"
+    """What a row looks like: `messages`, `sharegpt` (conversations), `prompt_completion`, `instruction` (instruction, input, output or response, history), `question_answer`, `text`; `auto` tells by the keys."""
+    fields: dict[str, str] = {}
+    """Names of the columns that the format knows by other names: `{prompt: frage, completion: antwort}`; `role` and `content` are the keys inside a message."""
+    roles: dict[str, Role] = {}
+    """What the rows call the roles of a conversation: `{client: user, agent: assistant}`."""
+    sample: Count | None = None
+    """Use only the first so many rows."""
+    weight: Positive = 1.0
+    """How often each row is taken: 2 takes every row twice, 0.5 every second one."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourcePart:
+        if (self.path is None) == (self.task is None) and not getattr(self, "sources", ()):
+            raise ValueError("set exactly one of path (a file or a dataset name) and task (a synthetic task)")
+        return self
+
+
+class SourceConfig(SourcePart):
+    """Where rows come from: files, a datasets name, a synthetic task, or several of these. A plain string is short for `path`, a list for `sources`."""
+
+    sources: tuple[SourcePart, ...] = ()
+    """Several of them, one after the other."""
+
+    @model_validator(mode="after")
+    def _no_other_origin(self) -> SourceConfig:
+        if self.sources and (self.path, self.task) != (None, None):
+            raise ValueError("set path or task inside of sources, where there are several")
+        return self
+
+    @property
+    def parts(self) -> tuple[SourcePart, ...]:
+        """The sources one by one: those in `sources`, or this one."""
+        return self.sources or (self,)
+
+
+class DataConfig(Section):
+    """Training rows and how they become tokens and labels."""
+
+    train: SourceConfig = SourceConfig(task="tickets")
+    """The training rows."""
+    eval: SourceConfig | None = None
+    """Rows for the evaluation loss during training."""
+    eval_size: Annotated[float, Field(ge=0.0)] = 0.0
+    """Without `eval`: rows held out of `train`, as a share (below 1) or a number (1 and above)."""
+    system: str | None = None
+    """System message put before every conversation that has none."""
+    max_length: Count = 1024
+    """Longest row in tokens; what is beyond is cut and counted in the ledger."""
+    assistant_only_loss: bool = True
+    """Train on the assistant's words and end-of-turn tokens only; false trains on every token."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """Stop at a row that cannot be used, or leave it out and count it."""
