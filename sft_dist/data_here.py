@@ -47,7 +47,7 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
             tokens.tokenizer,
             tokens.template,
             max_length=data.max_length,
-            assistant_only_loss=data.assistant_only_loss,
+            loss_on=data.trained,
         )
     )
     trained = [label != IGNORED for label in chosen.labels]

@@ -31,6 +31,7 @@ def rule_problems(config: Config) -> list[Problem]:
         _batch_sizes,
         _strategies,
         _shares,
+        _loss_on,
         _generation,
         _labels,
         _extra,
@@ -138,6 +139,13 @@ def _shares(config: Config) -> Iterator[Problem]:
     for path, value in (("data.eval_size", config.data.eval_size), ("train.warmup_steps", config.train.warmup_steps)):
         if value > 1 and not value.is_integer():
             yield Problem(path, f"{value:g} is neither a share (below 1) nor a whole number")
+
+
+def _loss_on(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if not data.assistant_only_loss and data.loss_on not in ("assistant", "all"):
+        problem = f"'{data.loss_on}' would be ignored, since assistant_only_loss is false; take that out"
+        yield Problem("data.loss_on", problem, ("data.assistant_only_loss",))
 
 
 def _generation(config: Config) -> Iterator[Problem]:

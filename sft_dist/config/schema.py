@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sft_dist.config.schema_data import DataConfig, DataFormat, SourceConfig, SourcePart
+from sft_dist.config.schema_data import DataConfig, DataFormat, LossOn, SourceConfig, SourcePart
 from sft_dist.config.schema_parallel import LoraConfig, ParallelConfig
 from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.config.section import Auto, Count, Fraction, NonNegative, Positive, Section
@@ -181,7 +181,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
 
-__all__ = ["DataFormat", "SourceConfig", "SourcePart"]
+__all__ = ["DataFormat", "LossOn", "SourceConfig", "SourcePart"]
 
 SOURCES = (("data", "train"), ("data", "eval"), ("evaluate", "data"))
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from sft_dist.config.section import Count, Positive, Section
 
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"]
+LossOn = Literal["assistant", "last", "completion", "all"]
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -79,6 +80,13 @@ class DataConfig(Section):
     max_length: Count = 1024
     """Longest row in tokens; what is beyond is cut and counted in the ledger."""
     assistant_only_loss: bool = True
-    """Train on the assistant's words and end-of-turn tokens only; false trains on every token."""
+    """Train on the assistant's words and end-of-turn tokens only; false is short for `loss_on: all`."""
+    loss_on: LossOn = "assistant"
+    """Tokens that are trained: those of the `assistant` in every turn, in its `last` one, the whole `completion` (all that follows the prompt, as TRL's completion_only_loss), or `all`."""
     on_bad_row: Literal["error", "drop"] = "error"
     """Stop at a row that cannot be used, or leave it out and count it."""
+
+    @property
+    def trained(self) -> LossOn:
+        """`loss_on`, with what `assistant_only_loss` says."""
+        return self.loss_on if self.assistant_only_loss else "all"

@@ -99,9 +99,7 @@ def _tokenize_split(
     }
 
     def rows() -> Iterator[dict[str, list[int]]]:
-        tokenized = tokenize(
-            examples, tokenizer, template, max_length=data.max_length, assistant_only_loss=data.assistant_only_loss
-        )
+        tokenized = tokenize(examples, tokenizer, template, max_length=data.max_length, loss_on=data.trained)
         for example, row in zip(examples, tokenized, strict=True):
             problem = row.problem or "the answer tokenises to nothing, so there is nothing to train on"
             if row.answer == 0 and data.on_bad_row == "error":

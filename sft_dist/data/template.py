@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +18,8 @@ Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]
 # Parts of a message that say who did what, not what was said; many templates need none of them.
 OPTIONAL = ("name", "tool_call_id")
+# transformers gives a message's reasoning to the template under each of these names.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _PROBE = (
     {"role": "user", "content": "question"},
@@ -100,28 +103,51 @@ def render_trained(
     A span holds the words and the end-of-turn token. Raises ConfigError if the template does not allow to tell, or has no
     place for something that the messages hold.
     """
-    _refuse_unseen(template, messages, tools)
+    text, turns = render_turns(tokenizer, template, messages, tools)
+    trained = [spans for turn, spans in turns.items() if turn >= first_trained and messages[turn].get("train", True)]
+    return text, [span for spans in trained for span in spans]
+
+
+def render_turns(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, tools: Sequence[Any] = ()
+) -> tuple[str, dict[int, list[Span]]]:
+    """The conversation as text, and where each message of the assistant stands in it. Raises ConfigError as above."""
+    refuse_unseen(template.training_text, messages, tools)
     options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if template.has_markers:
-        text, spans = _marked_spans(tokenizer, template.training_text, messages, options)
-        if len(spans) != len(turns):
-            raise ConfigError(
-                f"the chat template marks {len(spans)} generation(s) in a conversation with {len(turns)} assistant "
-                "messages",
-                hint="put {% generation %} ... {% endgeneration %} around each assistant message, end-of-turn included",
-            )
-    else:
+    if not template.has_markers:
         text, spans = _prefix_spans(tokenizer, template.training_text, messages, turns, options)
-    trained = [turn >= first_trained and messages[turn].get("train", True) for turn in turns]
-    return text, [span for wanted, span in zip(trained, spans, strict=True) if wanted]
+        return text, {turn: [span] for turn, span in zip(turns, spans, strict=True)}
+    text, spans = _marked_spans(tokenizer, template.training_text, messages, options)
+    if len(spans) == len(turns):
+        return text, {turn: [span] for turn, span in zip(turns, spans, strict=True)}
+    # Some templates mark an answer in several parts, or add one after the last: each is of the turn that it follows.
+    found: dict[int, list[Span]] = {turn: [] for turn in turns}
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        begin = _shared(tokenizer, template, messages[:turn], options, text)
+        end = len(text) if following is None else _shared(tokenizer, template, messages[:following], options, text)
+        found[turn] = [span for span in spans if begin <= span[0] < end]
+    if not all(found.values()) or sum(map(len, found.values())) != len(spans):
+        raise ConfigError(
+            f"the chat template marks {len(spans)} generation(s) in a conversation with {len(turns)} assistant messages",
+            hint="put {% generation %} ... {% endgeneration %} around each assistant message, end-of-turn included",
+        )
+    return text, found
 
 
-def _refuse_unseen(template: ChatTemplate, messages: Messages, tools: Sequence[Any]) -> None:
-    """A template passes over what it does not know: the row would say something else, in silence."""
+def _shared(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, options: dict[str, Any], text: str
+) -> int:
+    """How many characters `text` has in common with what the template makes of its first messages."""
+    rendered = render(tokenizer, template.training_text, messages, **options)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(rendered, text, strict=False)))
+
+
+def refuse_unseen(template: str, messages: Messages, tools: Sequence[Any]) -> None:
+    """Raises ConfigError for what a template does not know: it would pass over it, and the row say something else."""
     held = {key for message in messages for key in message if key not in ("role", "content", "train", *OPTIONAL)}
     for key in sorted(held | ({"tools"} if tools else set())):
-        if key not in template.training_text:
+        if not any(name in template for name in (REASONING if key in REASONING else (key,))):
             raise ConfigError(
                 f"the chat template has no place for {key}, which would be left out",
                 hint=f"set model.chat_template to one that writes {key}, or take it out of the rows",
@@ -134,12 +160,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> s
     Raises ConfigError if the trained part of a turn does not end with a token of its own: a model trained on that
     would never stop.
     """
-    text, spans = render_trained(tokenizer, template, _PROBE)
+    text, turns = render_turns(tokenizer, template, _PROBE)
     special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    endings = [text[start:end].rstrip() for start, end in spans]
-    for token in sorted(special, key=len, reverse=True):
-        if token and all(ending.endswith(token) for ending in endings):
-            return str(token)
+    by_length = sorted(special, key=len, reverse=True)
+    endings = [text[spans[0][0] : spans[-1][1]].rstrip() for spans in turns.values()]
+    # Some templates end the last answer with another token than those before it: generation stops at the last one's.
+    tokens = [next((it for it in by_length if it and ending.endswith(it)), None) for ending in endings]
+    if None not in tokens:
+        return str(tokens[-1])
     raise ConfigError(
         f"{template.origin} trains a turn that ends in {endings[0][-30:]!r}, which is no end-of-turn token: the model "
         "would never learn to stop",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sft_dist.data.example import Example
-from sft_dist.data.template import ChatTemplate, Span, render_trained
+import numpy as np
+from numpy.typing import NDArray
+
+from sft_dist.config.schema import LossOn
+from sft_dist.data.encode import Encoded, EncodedWithoutPlaces, Encoder, common_prefix
+from sft_dist.data.example import Example, Message
+from sft_dist.data.template import ChatTemplate, Span, refuse_unseen, render, render_turns
 from sft_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +44,34 @@ class TokenizedRow:
         return sum(label != IGNORED for label in self.labels)
 
 
+@dataclass(frozen=True)
+class MaskedRow:
+    """One row before it is cut."""
+
+    ids: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+    turns: tuple[tuple[int, int], ...] = ()
+    """The trained answers: from which token to which."""
+    problem: str | None = None
+    """Why the template refuses the row; the row is empty then."""
+    doubled_bos: bool = False
+    """Whether a second token of the text's beginning was taken out."""
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str = ""
+    chat: bool = False
+    spans: tuple[Span, ...] = ()
+    """Answers that are trained."""
+    untrained: tuple[Span, ...] = ()
+    """Answers that are not, where all the rest is."""
+    prompt: str | None = None
+    """The text up to the completion, where only what follows it is trained."""
+    everything: bool = False
+    problem: str | None = None
+
+
 def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -44,73 +79,119 @@ def tokenize(
     *,
     max_length: int,
     assistant_only_loss: bool = True,
+    loss_on: LossOn = "assistant",
 ) -> Iterator[TokenizedRow]:
-    """A TokenizedRow for each example, in order. The tokenizer must be a fast one (with offsets)."""
+    """A TokenizedRow for each example, in order."""
+    masks = Masks(tokenizer, template, loss_on if assistant_only_loss else "all")
     for start in range(0, len(examples), BATCH):
-        batch = examples[start : start + BATCH]
-        for ids, trained, problem in _encode(batch, tokenizer, template):
-            # The end-of-turn token is trained with every answer; an answer is more than that.
-            words = sum(mask and token != tokenizer.eos_token_id for token, mask in zip(ids, trained, strict=True))
-            labels = [
-                token if mask or not assistant_only_loss else IGNORED for token, mask in zip(ids, trained, strict=True)
-            ]
-            yield TokenizedRow(ids[:max_length], labels[:max_length], max(0, len(ids) - max_length), words, problem)
+        for row in masks.rows(examples[start : start + BATCH]):
+            words = int((row.trained & (row.ids != tokenizer.eos_token_id)).sum())
+            labels = np.where(row.trained, row.ids, IGNORED)[:max_length].tolist()
+            cut = max(0, len(row.ids) - max_length)
+            yield TokenizedRow(row.ids[:max_length].tolist(), labels, cut, words, row.problem)
 
 
-def _encode(
-    batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> Iterator[tuple[list[int], list[bool], str | None]]:
-    """Token ids, for each whether it belongs to the answer, and why the template refuses the row, if it does."""
-    rendered: list[Any] = [_render(example, tokenizer, template) for example in batch]
-    for chat in (True, False):  # a template writes its own BOS; plain text gets the tokenizer's, if it has one
-        chosen = [row for row, example in enumerate(batch) if bool(example.messages) is chat]
-        if not chosen:
-            continue
-        encoded = tokenizer(
-            [rendered[row][0] for row in chosen], add_special_tokens=not chat, return_offsets_mapping=True
-        )
-        for position, row in enumerate(chosen):
-            ids = encoded["input_ids"][position]
-            _, spans, problem = rendered[row]
-            rendered[row] = (ids, _inside(encoded["offset_mapping"][position], spans), problem)
-    yield from rendered
+class Masks:
+    """Turns examples into tokens and says which of them are trained."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, loss_on: LossOn) -> None:
+        self.tokenizer, self.template, self.loss_on = tokenizer, template, loss_on
+        self.encoder = Encoder(tokenizer)
+        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        # The tokenizer cuts a text at these before anything else: what stands before one does not touch what follows.
+        self._cuts = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        self._tail_ids = functools.lru_cache(maxsize=1000)(self._ids)
+        opening = self.encoder.ids("", add_special_tokens=True)[:1]
+        self._adds_bos = opening == [tokenizer.bos_token_id]
 
-def _render(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> tuple[str, list[Span], str | None]:
-    if not example.messages:
-        return *_render_plain(example, tokenizer), None
-    try:
-        return *render_trained(tokenizer, template, example.messages, example.first_trained, example.tools), None
-    except ConfigError as error:
-        return "", [], error.message
+    def rows(self, examples: Sequence[Example]) -> Iterator[MaskedRow]:
+        """A MaskedRow for each example, in order; they are tokenised as one batch."""
+        rendered = [self._render(example) for example in examples]
+        made: dict[int, MaskedRow] = {}
+        for chat in (True, False):  # a template writes its own BOS; plain text gets the tokenizer's, if it has one
+            chosen = [row for row, one in enumerate(rendered) if one.chat is chat]
+            texts = [rendered[row].text for row in chosen]
+            encoded = self.encoder.encode(texts, add_special_tokens=not chat) if texts else []
+            for row, one in zip(chosen, encoded, strict=True):
+                made[row] = self._masked(rendered[row], one)
+        for row, source in enumerate(rendered):
+            whole = made[row]
+            yield MaskedRow(whole.ids[:0], whole.trained[:0], problem=source.problem) if source.problem else whole
 
+    def _ids(self, text: str, chat: bool) -> list[int]:
+        return self.encoder.ids(text, add_special_tokens=not chat)
 
-def _render_plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """Prompt and completion as one text that ends with the eos token, as TRL writes it."""
-    prompt, completion = example.prompt or "", example.completion or ""
-    eos = str(tokenizer.eos_token or "")
-    text = prompt + completion + ("" if completion.endswith(eos) else eos)
-    return text, [(len(prompt), len(text))]
+    def _render(self, example: Example) -> _Rendered:
+        if not example.messages:
+            return self._render_plain(example)
+        try:
+            return self._render_chat(example)
+        except ConfigError as error:
+            return _Rendered(chat=True, problem=error.message)
 
+    def _render_plain(self, example: Example) -> _Rendered:
+        """Prompt and completion as one text that ends with the eos token, as TRL writes it."""
+        prompt, completion = example.prompt or "", example.completion or ""
+        eos, bos = str(self.tokenizer.eos_token or ""), str(self.tokenizer.bos_token or "")
+        if self._adds_bos and bos and (prompt or completion).startswith(bos):
+            prompt, completion = (prompt[len(bos) :], completion) if prompt else (prompt, completion[len(bos) :])
+        text = prompt + completion + ("" if completion.endswith(eos) else eos)
+        if not prompt or self.loss_on == "all":
+            return _Rendered(text, everything=True)
+        return _Rendered(text, prompt=prompt, everything=True)
 
-def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """For each token, whether it lies between the first and the last one that share a character with a span.
+    def _render_chat(self, example: Example) -> _Rendered:
+        messages, tools = example.messages, example.tools
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        refused = [turn for turn in answers if not messages[turn].get("train", True)]
+        start = example.first_trained or (answers[-1] if self.loss_on == "completion" else 0)
+        if self.loss_on in ("all", "completion"):
+            # No answer needs to be told apart, so the template is the one for asking, as in TRL.
+            own = self.template.training_text if refused else self.template.text
+            text, turns = (
+                render_turns(self.tokenizer, self.template, messages, tools)
+                if refused
+                else (self._text(own, messages, tools), {})
+            )
+            untrained = tuple(span for turn in refused for span in turns[turn])
+            prompt = self._text(own, messages[:start], tools, True) if self.loss_on == "completion" else None
+            return _Rendered(text, True, untrained=untrained, prompt=prompt, everything=True)
+        text, turns = render_turns(self.tokenizer, self.template, messages, tools)
+        prompt = self._text(self.template.training_text, messages[:start], tools, True) if start else None
+        chosen = [turn for turn in answers if turn >= start and turn not in refused]
+        if self.loss_on == "last":
+            chosen = [turn for turn in chosen if turn == answers[-1]]
+        return _Rendered(text, True, tuple(span for turn in chosen for span in turns[turn]), prompt=prompt)
 
-    Tokens of white space have an empty range where the tokenizer trims offsets, so the ranges alone do not tell.
-    """
-    inside = [False] * len(offsets)
-    token = 0
-    for first, last in spans:  # ascending, as the tokens are
-        while token < len(offsets) and (offsets[token][1] <= first or offsets[token][0] == offsets[token][1]):
-            token += 1
-        begin = end = token
-        for index in range(begin, len(offsets)):
-            if offsets[index][0] >= last and offsets[index][1] > offsets[index][0]:
-                break
-            if offsets[index][1] > offsets[index][0]:
-                end = index + 1
-        inside[begin:end] = [True] * (end - begin)
-        token = end
-    return inside
+    def _text(self, template: str, messages: Sequence[Message], tools: Sequence[Any], asking: bool = False) -> str:
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        refuse_unseen(template, messages, tools)
+        return render(self.tokenizer, template, messages, add_generation_prompt=asking, **options)
+
+    def _masked(self, row: _Rendered, encoded: Encoded | EncodedWithoutPlaces) -> MaskedRow:
+        ids = encoded.ids
+        trained = np.full(len(ids), row.everything)
+        turns = []
+        for wanted, spans in ((True, row.spans), (False, row.untrained)):
+            for span in spans:
+                begin, end = encoded.between(*span)
+                trained[begin:end] = wanted
+                if wanted:
+                    turns.append((begin, end))
+        if row.prompt is not None:
+            trained[: self._prompt_length(row, encoded)] = False
+        bos = self.tokenizer.bos_token_id
+        doubled = bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos
+        if doubled:
+            ids, trained, turns = ids[1:], trained[1:], [(begin - 1, end - 1) for begin, end in turns]
+        return MaskedRow(ids, trained, tuple(turns), doubled_bos=bool(doubled))
+
+    def _prompt_length(self, row: _Rendered, encoded: Encoded | EncodedWithoutPlaces) -> int:
+        """Tokens that the prompt alone has in common with the whole row: TRL's way to tell where a completion begins."""
+        prompt = row.prompt or ""
+        ids = encoded.ids.tolist()
+        cuts = [found.end() for found in self._cuts.finditer(prompt)] if row.text.startswith(prompt) else []
+        if not cuts or not row.chat:
+            return common_prefix(self._tail_ids(prompt, row.chat), ids)
+        before = encoded.before(cuts[-1])
+        return before + common_prefix(self._tail_ids(prompt[cuts[-1] :], True), ids[before:])

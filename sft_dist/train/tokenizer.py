@@ -43,11 +43,6 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
         )
     except (OSError, ValueError, ImportError) as error:
         raise missing_model(model, source, "tokenizer", error) from None
-    if not tokenizer.is_fast:
-        raise PreflightError(
-            f"the tokenizer of {source!r} ({type(tokenizer).__name__}) cannot say which characters a token came from",
-            hint="set model.tokenizer to one with a tokenizer.json",
-        )
     template = choose_template(tokenizer, model.chat_template)
     if template.new_tokens:
         tokenizer.add_special_tokens(

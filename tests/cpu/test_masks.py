@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_dist.config.schema import Config, DataConfig, ModelConfig, SourceConfig
+from sft_dist.config.schema import Config, DataConfig, LossOn, ModelConfig, SourceConfig
+from sft_dist.data.encode import Encoder
 from sft_dist.data.formats import Example, parse_row
 from sft_dist.data.prepare import prepare
 from sft_dist.data.template import choose_template, render_trained
 from sft_dist.data.tokenize import IGNORED, TokenizedRow, tokenize
-from sft_dist.errors import ConfigError, DataError, PreflightError
+from sft_dist.errors import ConfigError, DataError
 from sft_dist.train.tokenizer import RunTokenizer, load_tokenizer
 
 HUGE = 10**9
@@ -85,8 +87,8 @@ def assert_trained(tokens: RunTokenizer, row: TokenizedRow, *answers: str) -> No
     """Exactly these answers are trained. TRL's variants may put their markers around the line breaks beside them."""
     found, expected = trained_texts(tokens, row), [as_trained(tokens, words) for words in answers]
     if "TRL's" in tokens.template.origin and len(found) == len(expected):
-        around = [f"\n{text}\n" for text in expected]
-        expected = [wide if text == wide else exact for text, wide, exact in zip(found, around, expected, strict=True)]
+        forms = [(f"\n{text}\n", f"{text}\n", text) for text in expected]
+        expected = [text if text in known else known[-1] for text, known in zip(found, forms, strict=True)]
     assert found == expected
 
 
@@ -225,12 +227,123 @@ def test_a_tokenizer_that_trims_offsets_still_trains_white_space(tiny_tokens: Ca
     assert trained_texts(tokens, row) == [words + END] * 2
 
 
-def test_a_tokenizer_without_offsets_is_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_offsets_gives_the_same_rows(
+    tokens: RunTokenizer, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import PreTrainedTokenizerFast
 
+    examples = [chat("One?", words, "Two?", "second \U0001f389", system="Be brief.") for words in WORDS.values()]
+    examples.append(parse_row({"prompt": "2 + 2 =", "completion": " 4"}, "auto", "here"))
+    expected = rows_of(tokens, *examples)
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: False))
-    with pytest.raises(PreflightError, match="cannot say which characters a token came from"):
-        load_tokenizer(ModelConfig(name=str(tiny_model_dir)))
+    assert rows_of(tokens, *examples) == expected
+    assert load_tokenizer(ModelConfig(name=str(tiny_model_dir))).tokenizer.eos_token == END
+
+
+def test_places_from_bytes_are_those_of_the_library(tokens: RunTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of tokens' bytes and the library's own offsets lead to the same masks, whatever the text."""
+    encoder = Encoder(tokens.tokenizer)
+    assert encoder._bytes is not None, "the tokenizer is a byte-level one"
+    generator = random.Random(1)
+    alphabet = [
+        "a",
+        "B",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "1",
+        "'s",
+        "\u00e9",
+        "e\u0301",
+        "\u6771",
+        "\U0001f389",
+        "<|im_end|>",
+        "\xa0",
+    ]
+    texts = ["".join(generator.choices(alphabet, k=generator.randrange(16))) for _ in range(60)]
+    monkeypatch.setattr(encoder, "_bytes", None)
+    real = encoder.encode(texts, add_special_tokens=False)
+    monkeypatch.undo()
+    ours = encoder.encode(texts, add_special_tokens=False)
+    for text, one, other in zip(texts, ours, real, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        for first in range(len(text)):
+            for last in range(first + 1, len(text) + 1):
+                assert one.between(first, last) == other.between(first, last), (text, first, last)
+
+
+# --- what is trained, by choice -------------------------------------------------------------------------------------
+
+
+def test_only_the_last_answer_is_trained(tokens: RunTokenizer) -> None:
+    (row,) = rows_of(tokens, chat("One?", "first", "Two?", "second"), loss_on="last")
+    assert_trained(tokens, row, "second")
+
+
+def test_a_message_may_be_left_untrained(tokens: RunTokenizer) -> None:
+    turns = [dict(message) for message in chat("One?", "first", "Two?", "second", "Three?", "third").messages]
+    for mark in ({"train": False}, {"weight": 0}):
+        turns[3] |= mark
+        example = parse_row({"messages": turns}, "messages", "here")
+        (row,) = rows_of(tokens, example)
+        assert_trained(tokens, row, "first", "third")
+        (whole,) = rows_of(tokens, example, loss_on="all")
+        left_out = [token for token, label in zip(whole.input_ids, whole.labels, strict=True) if label == IGNORED]
+        assert tokens.tokenizer.decode(left_out).strip() == as_trained(tokens, "second").strip()
+        turns[3] = {key: value for key, value in turns[3].items() if key not in mark}
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "completion", "all"])
+def test_the_end_of_the_last_turn_is_trained_and_nothing_is_doubled(tokens: RunTokenizer, loss_on: LossOn) -> None:
+    (row,) = rows_of(tokens, chat("One?", "first", "Two?", "second"), loss_on=loss_on)
+    end = tokens.tokenizer.eos_token_id
+    last = max(index for index, token in enumerate(row.input_ids) if token == end)
+    assert row.labels[last] == end
+    assert (
+        all(label == IGNORED for label in row.labels[last + 1 :])
+        or loss_on != "assistant"
+        or "TRL's" in tokens.template.origin
+    )
+
+
+def test_a_beginning_that_is_written_twice_is_taken_out_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """By a template that writes it before a text that holds it, and by a tokenizer that adds it to such a text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + MARKED
+    tokenizer.save_pretrained(tmp_path / "bos")
+    tokens = load_tokenizer(ModelConfig(name=str(tmp_path / "bos")))
+    plain = parse_row({"prompt": "<bos>2 + 2 =", "completion": " 4"}, "auto", "here")
+    for row, words in zip(rows_of(tokens, chat("Hi", "Hello!"), plain), ("Hello!", " 4"), strict=True):
+        assert (row.input_ids[0], row.input_ids.count(bos)) == (bos, 1)
+        assert trained_texts(tokens, row) == [f"{words}{END}"]
+
+
+def test_what_a_template_has_no_place_for_is_refused(tiny_tokens: Callable[..., RunTokenizer]) -> None:
+    tokens = tiny_tokens()
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        call,
+        {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": "Hello!"},
+    ]
+    thought = {"role": "assistant", "content": "Hello!", "reasoning_content": "Greet."}
+    for record, missing in (
+        ({"messages": turns}, "tool_calls"),
+        ({"messages": [turns[0], thought]}, "reasoning_content"),
+        ({"messages": [turns[0], turns[3]], "tools": [{"type": "function"}]}, "tools"),
+    ):
+        for loss_on in ("assistant", "all"):
+            (row,) = rows_of(tokens, parse_row(record, "auto", "here"), loss_on=loss_on)
+            assert f"no place for {missing}" in str(row.problem)
 
 
 # --- the choice of a template ----------------------------------------------------------------------------------------
