@@ -34,15 +34,15 @@ def moment(value: Any) -> datetime.datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write `text` to `path` by way of a temporary file in the same folder and an atomic rename.
 
-    Half a surrogate pair, which UTF-8 cannot hold, becomes its \\udXXX escape: valid inside JSON.
+    Without `durable` nothing waits for the disk: if the machine fails, the file may be empty. Half a surrogate pair, which UTF-8 cannot hold, becomes its \\udXXX escape: valid inside JSON.
     """
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), durable=durable)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write `content` to `path` by way of a temporary file in the same folder and an atomic rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -51,7 +51,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
@@ -72,9 +73,9 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; non-finite numbers become null, since JSON has none."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write `value` as indented JSON, as write_text does; non-finite numbers become null, since JSON has none."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -165,14 +165,14 @@ class RunDir:
         return False
 
     def read_status(self) -> dict[str, Any]:
-        """The content of status.json, {} before the first write."""
-        return read_json(self.status) or {}
+        """The content of status.json; {} before the first write, and where a machine failed before it was on the disk."""
+        return (read_json(self.status) or {}) if self.status.exists() and self.status.stat().st_size else {}
 
-    def write_status(self, **fields: Any) -> None:
-        """Merge `fields` into status.json and stamp the time."""
+    def write_status(self, *, durable: bool = True, **fields: Any) -> None:
+        """Merge `fields` into status.json and stamp the time; without `durable` nothing waits for the disk."""
         if fields.get("state", "running") not in STATES:
             raise ValueError(f"state {fields['state']!r} is not one of {', '.join(STATES)}")
-        write_json(self.status, {**self.read_status(), **fields, "updated": utc_now()})
+        write_json(self.status, {**self.read_status(), **fields, "updated": utc_now()}, durable=durable)
 
 
 def _take(stream: TextIO) -> None:

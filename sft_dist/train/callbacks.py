@@ -189,9 +189,12 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = False
 
     def _tell(self, **fields: Any) -> None:
-        """status.json is for readers: if it cannot be written, the training goes on."""
+        """status.json is for readers: if it cannot be written, the training goes on.
+
+        Nor does a step wait until it is on a disk, which may just be taking in a checkpoint.
+        """
         try:
-            self.run.write_status(**fields)
+            self.run.write_status(durable=False, **fields)
         except OSError as error:
             if not self._told:
                 log.warning("status.json could not be written: %s", error.strerror)

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from sft_dist.config.schema import CheckpointConfig
 from sft_dist.files import read_json
@@ -16,7 +18,7 @@ from sft_dist.rundir import RunDir
 from sft_dist.train import saving
 from sft_dist.train.checkpoint import MANIFEST, damage
 from sft_dist.train.ranks import Ranks
-from sft_dist.train.saving import Saves
+from sft_dist.train.saving import Saves, SavingTrainer
 
 
 class Meeting:
@@ -163,3 +165,28 @@ def test_what_cannot_be_hashed_ends_the_save_on_all_processes(
     training.all(one)
     assert sorted(failed) == ["DiskError", "WorkersFailed"]
     assert not training.folder(3).exists(), "half of it stays"
+
+
+def test_replicated_states_come_to_a_gpu_through_host_memory(tmp_path: Path) -> None:
+    """Loaded straight onto it they would be there twice: a run that just fits could not be resumed."""
+    weight = torch.nn.Parameter(torch.zeros(8))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(schedule.state_dict(), tmp_path / "scheduler.pt")
+    taken: list[torch.Tensor] = []
+
+    class Optimizer:
+        def load_state_dict(self, states: dict[str, Any]) -> None:
+            taken.extend(value for state in states["state"].values() for value in state.values())
+
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=False, is_fsdp_enabled=False, args=SimpleNamespace(device=torch.device("cuda", 1)),
+        optimizer=Optimizer(), lr_scheduler=schedule,
+    )  # fmt: skip
+    SavingTrainer._load_optimizer_and_scheduler(cast(Any, trainer), str(tmp_path))
+    assert len(taken) == 3
+    assert {value.device.type for value in taken} == {"cpu"}
+    assert any(torch.equal(value, torch.full((8,), 0.1)) for value in taken)

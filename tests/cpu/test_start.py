@@ -146,6 +146,35 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     assert row["memory_gib"] > 0
 
 
+def test_a_step_waits_for_no_disk(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync beside a checkpoint that is being written takes as long as that."""
+    from types import SimpleNamespace
+
+    from sft_dist.config.schema import Config
+    from sft_dist.train.callbacks import RunRecorder
+    from sft_dist.train.progress import Progress
+    from sft_dist.train.ranks import Ranks
+    from sft_dist.train.saving import Saves
+    from sft_dist.train.shutdown import StopRequest
+
+    run, config = RunDir(tmp_path), Config()
+    recorder = RunRecorder(run, config, StopRequest(), Progress(), Saves(run, config.checkpoint, {}, Ranks()))
+    state = SimpleNamespace(global_step=0, max_steps=2)
+    control = SimpleNamespace(should_training_stop=False)
+    recorder.on_train_begin(None, state, control)
+
+    def sync(handle: int) -> None:
+        raise AssertionError("a step must not sync")
+
+    monkeypatch.setattr("os.fsync", sync)
+    recorder.on_step_begin(None, state, control)
+    state.global_step = 1
+    recorder.on_step_end(None, state, control)
+    recorder.on_log(None, state, control, {"loss": 1.0, "num_tokens": 10})
+    assert run.read_status()["step"] == 1
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1]
+
+
 def test_the_preview_shows_characters_of_several_tokens_whole(tiny_model_dir: Path) -> None:
     from sft_dist.config.schema import ModelConfig
     from sft_dist.data_here import _pieces
