@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from sft_dist.errors import SftDistError, exit_status, explained
 
@@ -47,6 +51,32 @@ def leave_out(packages: Iterable[str]) -> None:
     if _usual:
         for package in packages:
             sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+
+
+def run_to_end(work: Callable[[], int]) -> NoReturn:
+    """Do `work` and exit with the status that it returns, 1 if it raises; the interpreter itself is not taken down.
+
+    For processes that have joined others. A thread of gloo lets go of the last message when it comes to it, which takes
+    the interpreter: on a busy machine that was gone by then, and a process that had done all that it was there for ended by
+    SIGABRT. The process groups would have to go before, and every trainer holds on to them (pytorch/pytorch#179291, given
+    up; #190489). Threads that are not daemons are waited for and exit handlers called as always.
+    """
+    status = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # none, nobody who reads it, closed
+                stream.flush()
+        ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
+        os._exit(status)
+
+    atexit.register(leave)  # called after those that come later
+    try:
+        status = work()
+    except KeyboardInterrupt:
+        atexit.unregister(leave)  # Python ends with the signal, which says more than a status
+        raise
+    sys.exit(status)
 
 
 def status_of(work: Callable[[], object]) -> int:

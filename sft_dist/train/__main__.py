@@ -23,7 +23,7 @@ from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.adopt import with_values
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import World, this_world, with_told
-from sft_dist.process import begin, leave_out, libraries_are_in
+from sft_dist.process import begin, leave_out, libraries_are_in, run_to_end
 from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train import heartbeat
 from sft_dist.train.attempt import TWICE, Attempt, attempt, joined
@@ -191,4 +191,4 @@ def _entered(run: RunDir, ranks: Ranks) -> Iterator[Attempt]:
 
 if __name__ == "__main__":
     begin()
-    sys.exit(main(sys.argv[1:]))
+    run_to_end(lambda: main(sys.argv[1:]))

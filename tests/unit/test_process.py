@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -81,3 +82,45 @@ def test_expected_errors_are_explained_and_give_the_status(capsys: pytest.Captur
     assert capsys.readouterr().err == "error: row 3 has no answer\n  add one\n"
     with pytest.raises(ZeroDivisionError):
         status_of(lambda: 1 / 0)
+
+
+TO_END = """
+import atexit, os, signal, sys, threading
+from sft_dist.process import run_to_end
+
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+
+late = Late()  # goes when the interpreter does
+meeting = threading.Event()
+
+def finish():
+    meeting.wait()
+    print("a thread")
+
+def main():
+    atexit.register(print, "a handler")
+    threading.Thread(target=finish).start()
+    atexit.register(print, "the last handler")
+    meeting.set()
+    END
+
+run_to_end(main)
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("return 75", 75), ("return 0", 0), ("1 / 0", 1)])
+def test_a_process_ends_without_taking_the_interpreter_down(end: str, status: int) -> None:
+    """Threads and handlers are waited for, and nothing after them can end it in another way."""
+    code = TO_END.replace("END", end)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines() == ["a thread", "the last handler", "a handler"]
+    assert ("ZeroDivisionError" in done.stderr) == (status == 1)
+
+
+def test_an_interrupt_that_nobody_caught_ends_the_process_as_always() -> None:
+    code = TO_END.replace("END", "os.kill(os.getpid(), signal.SIGINT)").replace("late = Late()", "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
