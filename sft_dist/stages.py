@@ -154,14 +154,14 @@ def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | Non
         status = run_workers(run, resolved, current.stop.heard, place)
     ended = run.read_status()
     current.facts.update({name: ended[name] for name in OUTCOME[1:] if ended.get(name) is not None})
-    if ended.get("state") == "failed":
-        raise failure(str(ended["reason"]), ended.get("exit_status") or 1)
     if ended.get("state") == "stopped":
         raise RunStopped(str(ended["reason"]))
-    if status == 0 and (run.model / "DONE").is_file():
+    if (run.model / "DONE").is_file():  # however a process ended after that
         if current.stop.heard:
             raise RunStopped("stopped after the last step; the model is complete")
         return
+    if ended.get("state") == "failed":
+        raise failure(str(ended["reason"]), ended.get("exit_status") or 1)
     if current.stop.heard:
         raise RunStopped(f"stopped by {current.stop.reason} before the first step")
     how = (

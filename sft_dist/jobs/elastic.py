@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sft_dist.errors import RunStopped
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending, leave_words
-from sft_dist.jobs.launcher import ATTEMPT_HELD
+from sft_dist.jobs.launcher import ATTEMPT_HELD, is_over
 from sft_dist.process import begin, libraries_are_in
 from sft_dist.rundir import RunDir
 
@@ -32,19 +32,7 @@ def main() -> int:
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
-        # A killed worker cannot say so, and the others only say that they miss it.
-        asked = (-signal.SIGINT, -signal.SIGTERM)  # a stop, before the worker was able to hear it
-        killed = [(rank, it) for rank, it in error.failures.items() if it.exitcode < 0 and it.exitcode not in asked]
-        for rank, failure in killed[:1]:
-            reason = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-            if ATTEMPT_HELD in os.environ:
-                run = RunDir(Path(os.environ[ATTEMPT_HELD]))
-                leave_ending(run, rank, failure.pid, -failure.exitcode, oom_kills=oom_kills() - before)
-                run.write_status(state="failed", reason=reason, exit_status=1)
-            else:  # a job script of someone's own: the first worker keeps the record, if it is not the one
-                sys.stderr.write(f"error: {reason}\n")
-        if not killed:
-            _correct(error)
+        _put_down(error, oom_kills() - before)
         return 1
     except SignalException as error:
         return 128 + error.sigval
@@ -52,21 +40,41 @@ def main() -> int:
         held = os.environ.get(ATTEMPT_HELD)
         if held is None:
             raise
-        leave_words(RunDir(Path(held)), error)
-        RunDir(Path(held)).write_status(state="failed", reason=f"torchrun: {error}".splitlines()[0], exit_status=1)
+        run = RunDir(Path(held))
+        if not is_over(run):
+            leave_words(run, error)
+            run.write_status(state="failed", reason=f"torchrun: {error}".splitlines()[0], exit_status=1)
         return 1
     return 0
 
 
-def _correct(error: ChildFailedError) -> None:
-    """A worker that leaves early because the agent ends it says so as if it had been asked to; but another one had failed."""
+def _put_down(error: ChildFailedError, kills: int) -> None:
+    """What a worker that failed cannot say itself, or says wrongly; nothing if all had come to the end by then."""
     held = os.environ.get(ATTEMPT_HELD)
+    run = RunDir(Path(held)) if held else None
+    asked = (-signal.SIGINT, -signal.SIGTERM)  # a stop, before the worker was able to hear it
+    killed = [(rank, it) for rank, it in error.failures.items() if it.exitcode < 0 and it.exitcode not in asked]
+    for rank, failure in killed[:1]:
+        reason = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+        if run is None:  # a job script of someone's own: the first worker keeps the record, if it is not the one
+            sys.stderr.write(f"error: {reason}\n")
+        elif is_over(run):
+            sys.stderr.write(f"{reason} on its way out; the training had ended before\n")
+        else:  # the others only say that they miss it
+            leave_ending(run, rank, failure.pid, -failure.exitcode, oom_kills=kills)
+            run.write_status(state="failed", reason=reason, exit_status=1)
+    if not killed and run is not None and not is_over(run):
+        _correct(run, error)
+
+
+def _correct(run: RunDir, error: ChildFailedError) -> None:
+    """A worker that leaves early because the agent ends it says so as if it had been asked to; but another one had failed."""
     own = [(rank, it) for rank, it in error.failures.items() if it.exitcode > 0 and it.exitcode != RunStopped.exit_code]
-    if held is None or not own or RunDir(Path(held)).read_status().get("state") != "stopped":
+    if not own or run.read_status().get("state") != "stopped":
         return
     rank, failure = own[0]
     reason = f"rank {rank} (process {failure.pid}) ended with exit status {failure.exitcode}"
-    RunDir(Path(held)).write_status(state="failed", reason=reason, exit_status=failure.exitcode)
+    run.write_status(state="failed", reason=reason, exit_status=failure.exitcode)
 
 
 if __name__ == "__main__":

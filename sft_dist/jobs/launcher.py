@@ -81,9 +81,8 @@ def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -
         extra = {name: str(value) for name, value in {**alone, **meeting}.items()}
         before = oom_kills()
         status = _run(run, [sys.executable, *arguments], share, heard, over, extra, place, agent_is_worker=True)
-        if status < 0 and not (
-            over() or board.said("hang") or board.said("overdue")
-        ):  # else it was ended here, because of another one
+        # Else it was ended here, because of another one, or has done all that it was there for.
+        if status < 0 and not (over() or board.said("hang") or board.said("overdue") or is_over(run)):
             leave_ending(run, place.task, 0, -status, oom_kills=oom_kills() - before)
         return status
     meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
@@ -137,6 +136,16 @@ def _run(
     finally:
         watchdog.close()
     return agent.returncode
+
+
+def is_over(run: RunDir) -> bool:
+    """Whether the processes have come to the end together: all have saved and stop, or the model is complete.
+
+    However one of them ends after that, or whoever started it, the run has not failed.
+    """
+    status = run.read_status()
+    stopped = status.get("state") == "stopped" and status.get("exit_status") == 0
+    return stopped or (run.model / "DONE").is_file()
 
 
 def _left_early(run: RunDir) -> bool:

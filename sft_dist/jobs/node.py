@@ -28,7 +28,7 @@ from sft_dist.jobs.board import board_of
 from sft_dist.jobs.grace import Grace
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending
-from sft_dist.jobs.launcher import PR_SET_PDEATHSIG, Workers, run_share
+from sft_dist.jobs.launcher import PR_SET_PDEATHSIG, Workers, is_over, run_share
 from sft_dist.jobs.place import PLACE, Place, find_place
 from sft_dist.jobs.requeue import bury, exclude_list
 from sft_dist.jobs.script import marker_text
@@ -125,10 +125,11 @@ def _follow(place: Place, heard: list[int]) -> int:
         share = Workers(int(started[-1]["processes"]), started[-1].get("threads"))
         status = run_share(run, share, heard, place)
         # The agent was hit by the signal, too, before it had a handler or after, or did not end and was killed.
-        ended_by_it = status in (128 + signal.SIGTERM, -signal.SIGTERM) or bool(board.said("overdue"))
-        asked = bool(heard) and ended_by_it
+        by_signal = {code for number in (*heard, signal.SIGTERM) for code in (128 + number, -number)}
+        asked = bool(heard) and (status in by_signal or bool(board.said("overdue")))
         if status != 0 and not asked and not board.said("end"):
-            if run.read_status().get("state") != "failed":
+            # Task 0 must hear of it in any case: its agent waits for the one here.
+            if run.read_status().get("state") != "failed" and not is_over(run):
                 reason = f"the processes on {place.nodes[place.node]} ended with exit status {status}"
                 run.write_status(state="failed", reason=reason, exit_status=1)
             board.say("failed", status=status)

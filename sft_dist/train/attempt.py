@@ -68,10 +68,12 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
     with StopRequest() as stop:
         current = Attempt(stop)
         outcome: dict[str, Any] = {"state": "running", "reason": None, "exit_status": 0}
+        agreed = False
         try:
             yield current
         except RunStopped as error:
             outcome |= {"state": "stopped", "reason": error.message}
+            agreed = reports and not isinstance(error, Interrupted)
             # The others, which did not agree, only miss this one: that is not why the attempt ends.
             if isinstance(error, Interrupted):
                 reports, outcome["exit_status"] = True, error.exit_code
@@ -86,11 +88,11 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
             outcome |= {"state": "failed", "reason": _one_line(error), "exit_status": exit_status(error)}
             raise
         finally:
-            # The first word is the cause: the others follow when they miss their peer, or when torchrun ends them.
-            if (reports or outcome["state"] == "failed") and run.read_status().get("state") not in (
-                "failed",
-                "stopped",
-            ):
+            # The first word is the cause: the others follow when they miss their peer, or when torchrun ends them. That all
+            # have agreed to stop is on record already (RunRecorder.on_train_end), but not what the training adds.
+            said = run.read_status().get("state")
+            first = said not in ("failed", "stopped") and (reports or outcome["state"] == "failed")
+            if first or (agreed and said == "stopped"):
                 with contextlib.suppress(OSError):
                     run.write_status(**outcome, **current.facts)
 

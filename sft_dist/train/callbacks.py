@@ -150,16 +150,24 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the last step on record; the last checkpoint counts before it."""
+        """Put the last step on record; the last checkpoint counts before it.
+
+        So is a stop, before any of several processes goes: however one of them ends after that, the run has stopped.
+        """
         self.saves.close()
         self.progress.end()
+        if self.ranks.is_main:
+            stopped = self.stopped_by is not None and state.global_step < state.max_steps and self.ranks.size > 1
+            end = (
+                {"state": "stopped", "reason": self.stop_reason(state.global_step), "exit_status": 0} if stopped else {}
+            )
+            self._tell(**end, step=state.global_step, max_steps=state.max_steps)
         peak = max(self.ranks.everyones(_peak_memory_gib()))
         if not self.ranks.is_main:
             return
         if missing := self._rows.flush():
             log.warning("%d rows of metrics.jsonl could not be written", missing)
             self.metrics_lost = missing
-        self._tell(step=state.global_step, max_steps=state.max_steps)
         write_measurements(
             self.run,
             peak_memory_gib=peak,
@@ -175,6 +183,10 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             waited, self._step_ended = time.monotonic() - self._step_ended, None
             self._seconds += waited
             self._step_seconds[-1] += waited
+
+    def stop_reason(self, step: int) -> str:
+        """Why the training ended before its last step."""
+        return f"stopped by {self.stopped_by} at step {step}, saved as checkpoint-{step}"
 
     def _agree(self, asked: int, state: TrainerState) -> None:
         self.stopped_by, self.stop.agreed = signal.Signals(asked).name, True

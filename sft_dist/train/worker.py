@@ -97,7 +97,7 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
         if step < trainer.state.max_steps and recorder.stopped_by is None:
             raise SftDistError(f"the rows ended at step {step} of {trainer.state.max_steps}: a loader lost some")
         if step < trainer.state.max_steps:
-            raise RunStopped(f"stopped by {recorder.stopped_by} at step {step}, saved as checkpoint-{step}")
+            raise RunStopped(recorder.stop_reason(step))
         publish_model(run, config, resolved, trainer, tokens, ranks)
         asked = ranks.largest(current.stop.number)
         current.stop.agreed = ranks.size > 1  # a single process goes on, to ask the model

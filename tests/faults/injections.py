@@ -1,7 +1,8 @@
 """Faults that a process does to itself at a named point of its run; tests/faults/warm.py arms them in each process.
 
 The variable FAULTS holds a list in JSON, each entry {"at": POINT, "rank": R, "do": ACTION, "after": SECONDS}; without a rank
-every process does it. Points: command, start, join, prepare, load, forward:N, step:N, evaluate:N, save:N, manifest:N, publish; N is the step.
+every process does it. Points: command, start, join, prepare, load, forward:N, step:N, evaluate:N, save:N, manifest:N, publish,
+leave; N is the step.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def arm(module: str) -> None:
     # A disk under load may take seconds for a few kilobytes. What is tested is what a save that has been waited for is worth.
     saving.QUICK_S = 60.0
     _wrap(ranks, "join", lambda *_: "join")
+    _wrap(ranks, "leave", lambda *_: "leave")
     _wrap(worker, "_prepare", lambda *_: "prepare")
     _wrap(worker, "_model", lambda *_: "load")
     _wrap(trainer.Trainer, "compute_loss", lambda self, *_: f"forward:{self.state.global_step + 1}")

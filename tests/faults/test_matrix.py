@@ -92,6 +92,10 @@ CASES: dict[str, Case] = {
         (at("step:7", "SIGTERM", 0), at("step:7", "SIGTERM", 1, after=0.4)),
         *("stopped", "cancelled", "SIGTERM at step 7", False, (7, 7)),
     ),
+    "SIGABRT of a worker that leaves after a stop": Case(
+        (at("step:8", "SIGTERM", 0), at("leave", "SIGABRT", 1)),
+        *("stopped", "cancelled", "SIGTERM at step 8", False, (8, 8)),
+    ),
     "signal during save": Case(
         (at("save:9", "SIGTERM"),), "stopped", "cancelled", "SIGTERM at step 10", False, (10, 10)
     ),

@@ -40,12 +40,39 @@ def test_the_first_task_says_that_it_hears_signals(
 
 @pytest.mark.parametrize(
     ("heard", "status", "failed"),
-    [([15], -15, False), ([15], 143, False), ([], -15, True), ([12], -9, True), ([15], 0, False)],
+    [
+        *[([15], -15, False), ([15], 143, False), ([], -15, True), ([12], -9, True), ([15], 0, False)],
+        *[([2], 130, False), ([2], 143, False), ([2], 1, True), ([], 130, True)],
+    ],
 )
 def test_processes_that_the_signal_of_a_preemption_ended_have_not_failed(
     place: Place, monkeypatch: pytest.MonkeyPatch, heard: list[int], status: int, failed: bool
 ) -> None:
     """torchrun has no handler yet while it loads."""
+    follow(place, heard, status, monkeypatch)
+    assert RunDir(Path(place.run)).read_status()["state"] == ("failed" if failed else "running")
+    assert bool(board_of(place).said("failed")) == failed
+
+
+@pytest.mark.parametrize("end", ["stopped", "done"])
+def test_processes_that_end_badly_after_the_end_have_not_failed_the_run(
+    end: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Task 0 hears of it, since its agent waits for the one here, but the record stays."""
+    run = RunDir(Path(place.run))
+    if end == "stopped":
+        run.write_status(state="stopped", reason="stopped by SIGUSR2 at step 8", exit_status=0)
+    else:
+        run.model.mkdir()
+        (run.model / "DONE").touch()
+    before = run.read_status()
+    follow(place, [12], 1, monkeypatch)
+    assert run.read_status() == before
+    assert board_of(place).said("failed")
+
+
+def follow(place: Place, heard: list[int], status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be the second task, with processes that end with this status."""
     first = board_of(dataclasses.replace(place, task=0))
     first.say("train", processes=1)
 
@@ -58,5 +85,3 @@ def test_processes_that_the_signal_of_a_preemption_ended_have_not_failed(
     monkeypatch.setattr(node, "run_share", share)
     monkeypatch.setattr(node.time, "sleep", rest)
     assert node._follow(place, heard) == 0
-    assert RunDir(Path(place.run)).read_status()["state"] == ("failed" if failed else "running")
-    assert bool(board_of(place).said("failed")) == failed

@@ -68,6 +68,29 @@ def test_a_worker_that_only_missed_the_one_that_was_told_does_not_fail_the_run(t
     assert "SIGTERM" in run.read_status()["reason"]
 
 
+def test_an_agreed_stop_that_is_on_record_stays_and_gets_the_facts(tmp_path: Path) -> None:
+    """The training puts it down before any process leaves (train/callbacks.py)."""
+    run = RunDir(tmp_path / "run")
+    stopped = {"state": "stopped", "reason": "stopped by SIGUSR2 at step 8", "exit_status": 0}
+    run.write_status(**stopped)
+    with pytest.raises(RuntimeError), joined(run, reports=False):
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(RunStopped), joined(run, reports=True) as current:
+        current.facts.update(first_step=4, last_step=8)
+        raise RunStopped("stopped by SIGUSR2 at step 8")
+    status = run.read_status()
+    assert stopped.items() <= status.items()
+    assert (status["first_step"], status["last_step"]) == (4, 8)
+
+
+def test_a_failure_that_is_on_record_stays_although_the_others_stop(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.write_status(state="failed", reason="rank 1 has hung", exit_status=1)
+    with pytest.raises(RunStopped), joined(run, reports=True):
+        raise RunStopped("stopped by SIGTERM at step 8")
+    assert run.read_status()["reason"] == "rank 1 has hung"
+
+
 def test_an_interrupt_while_the_end_is_put_down_does_not_lose_the_record(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
 
