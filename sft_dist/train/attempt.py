@@ -102,7 +102,7 @@ def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
         settle.begin()
     number = len(read_jsonl(run.attempts)) + 1
     start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
-    stale = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
+    stale: dict[str, Any] = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
     run.write_status(state="running", reason=None, attempt=number, started=start["start"], **stale)
     state, reason = "done", None
     with StopRequest() as stop:
