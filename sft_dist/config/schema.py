@@ -38,6 +38,10 @@ class ModelConfig(Section):
     """Hub id or directory of the tokenizer; the model's own if not set."""
     chat_template: str = "auto"
     """`auto` (the tokenizer's own, with generation markers where TRL or we can add them, else ChatML), `chatml`, `plain` (System: / User: / Assistant:), or the path of a .jinja file."""
+    new_tokens: tuple[str, ...] = ()
+    """Words that become one token each: letters, signs or field names that the vocabulary lacks (`data prepare` lists what it does not know)."""
+    new_special_tokens: tuple[str, ...] = ()
+    """The same, but left out when an answer is shown as text: marks of structure."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; `auto` is bfloat16 where the hardware computes in it, else float32. The optimizer keeps float32 master weights and states either way."""
     attn_implementation: str = "auto"

@@ -122,13 +122,14 @@ def _beside_layers(model: PreTrainedModel, lora: LoraConfig, tokens: RunTokenize
     ends = {name: module for name, module in model.named_modules() if module is embedding or module is head}
     whole = {name for name in ends if name.rpartition(".")[2] in lora.modules_to_save or name in lora.modules_to_save}
     settings: dict[str, Any] = {"modules_to_save": list(lora.modules_to_save) or None}
-    ids = tokens.tokenizer.convert_tokens_to_ids(list(tokens.template.new_tokens))
+    ids = tokens.tokenizer.convert_tokens_to_ids(list(tokens.pieces))
     if tied and plan == "fsdp2" and (whole or ids):
         # accelerate 1.15 and torch 2.13 look for the one matrix under two names, which PEFT's wrappers hide.
-        why = f"modules_to_save holds {' and '.join(sorted(whole))}" if whole else "the chat template adds tokens"
+        why = f"modules_to_save holds {' and '.join(sorted(whole))}" if whole else "tokens are added"
         raise ConfigError(
             f"model.lora would train the embeddings, since {why}, and the model's head is tied to them: plan fsdp2 cannot",
-            hint="set parallel.plan=zero3, or ddp" + ("" if whole else ", or a model.chat_template without new tokens"),
+            hint="set parallel.plan=zero3, or ddp"
+            + ("" if whole else ", or do without new tokens (model.chat_template, model.new_tokens)"),
         )
     if tied and whole:
         # One matrix stays one: PEFT trains the embedding and ties the head to it.

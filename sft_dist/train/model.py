@@ -14,7 +14,7 @@ from sft_dist.files import read_json
 from sft_dist.train.adapter import nf4
 from sft_dist.train.pretrained import resolve_model
 from sft_dist.train.ranks import Ranks
-from sft_dist.train.tokenizer import RunTokenizer, missing_model
+from sft_dist.train.tokenizer import RunTokenizer, grow_embeddings, missing_model
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def load_model(
     """The causal language model that `model` names, its weights in `dtype`, or in 4 bits where its `lora` says so.
 
     Under ZeRO-3 and, among `ranks`, under FSDP2 the main process reads the weights and every process gets its share; else
-    every process reads them all. Embeddings grow if the template added tokens. Raises PreflightError if there is no such
+    every process reads them all. Embeddings grow if tokens were added. Raises PreflightError if there is no such
     model here.
     """
     import torch
@@ -109,12 +109,8 @@ def load_model(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise missing_model(model, source, "model", error) from None
     work_from_cache()  # rows and tokenizer are here already; what asks for the base again, a merge, finds it
-    # Not the weight's shape: under ZeRO-3 the weight of this process is empty between its uses.
-    embeddings = loaded.get_input_embeddings()
-    empty = embeddings.weight.is_meta
-    if len(tokens.tokenizer) > embeddings.num_embeddings:
-        # The new rows start at the mean of the old ones (transformers' mean_resizing), so that no logit stands out.
-        loaded.resize_token_embeddings(len(tokens.tokenizer), mean_resizing=not empty)
+    empty = loaded.get_input_embeddings().weight.is_meta
+    grow_embeddings(loaded, tokens)
     if empty:
         _give_places(loaded)
     _agree_on_special_tokens(loaded, tokens)

@@ -12,6 +12,7 @@ from sft_dist.files import publish_dir, read_json, utc_now, write_json
 from sft_dist.rundir import RunDir
 from sft_dist.train.adapter import ADAPTER, adapter_weights, merged, save_adapter
 from sft_dist.train.environment import versions
+from sft_dist.train.tokenizer import ROWS_OF
 
 if TYPE_CHECKING:
     import torch
@@ -137,8 +138,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 model = AutoModelForCausalLM.from_pretrained({model.name!r}{revision}, dtype="auto")
-if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # the chat template added tokens
-    model.resize_token_embeddings(len(tokenizer))
+if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of={ROWS_OF})
 model = PeftModel.from_pretrained(model, "path/of/this/folder/{ADAPTER}")
 ask = pipeline("text-generation", model=model, tokenizer=tokenizer)"""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import ModelConfig
 from sft_dist.data.template import ChatTemplate, choose_template, end_of_turn
@@ -12,8 +14,11 @@ from sft_dist.train.pretrained import resolve_model
 from sft_dist.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Rows of a grown vocabulary: products of matrices run fastest in multiples of it.
+ROWS_OF = 64
 # Padding tokens by the names that model families gave them, taken when the tokenizer itself names none.
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
@@ -24,6 +29,8 @@ class RunTokenizer:
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
+    pieces: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tokens that the vocabulary lacked, in the order of their ids, and what each was cut into before."""
 
 
 def load_tokenizer(model: ModelConfig) -> RunTokenizer:
@@ -44,10 +51,8 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
     except (OSError, ValueError, ImportError) as error:
         raise missing_model(model, source, "tokenizer", error) from None
     template = choose_template(tokenizer, model.chat_template)
-    if template.new_tokens:
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": list(template.new_tokens)}, replace_extra_special_tokens=False
-        )
+    pieces = _add(tokenizer, (*template.new_tokens, *model.new_special_tokens), special=True)
+    pieces |= _add(tokenizer, model.new_tokens, special=False)
     if tokenizer.eos_token is None and template.new_tokens:
         tokenizer.eos_token = template.new_tokens[-1]
     tokenizer.chat_template = template.text
@@ -55,7 +60,66 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
     tokenizer.eos_token = end_of_turn(tokenizer, template)
     known = tokenizer.get_vocab()
     tokenizer.pad_token = pad or next((name for name in PAD_TOKENS if name in known), tokenizer.eos_token)
-    return RunTokenizer(tokenizer, template)
+    return RunTokenizer(tokenizer, template, pieces)
+
+
+def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, special: bool) -> dict[str, tuple[int, ...]]:
+    """Give each of `tokens` that is not in the vocabulary an id; returns what they were cut into before."""
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    unknown = tokenizer.unk_token_id
+    pieces = {
+        token: tuple(piece for piece in tokenizer(token, add_special_tokens=False)["input_ids"] if piece != unknown)
+        for token in new
+    }
+    if special and new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    elif new:
+        # As they are written: a vocabulary that lowers its text would else take `A` for `a`.
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])
+    return pieces
+
+
+def grow_embeddings(model: PreTrainedModel, tokens: RunTokenizer) -> None:
+    """Give the tokenizer's new tokens rows in the model's embeddings and head, whose number becomes a multiple of 64.
+
+    A new row starts at the mean of the rows of what its token was cut into before, or of all rows, so that no logit
+    stands out; a head that is tied to the embeddings stays so. Nothing happens if there is room.
+    """
+    embeddings = model.get_input_embeddings()
+    before = embeddings.num_embeddings  # not the weight's shape: under ZeRO-3 it is empty between its uses
+    if len(tokens.tokenizer) <= before:
+        return
+    empty = embeddings.weight.is_meta
+    model.resize_token_embeddings(len(tokens.tokenizer), pad_to_multiple_of=ROWS_OF, mean_resizing=False)
+    ends = {
+        id(end.weight): end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
+    }
+    for end in () if empty else ends.values():
+        for values in (end.weight, getattr(end, "bias", None)):
+            if values is not None:
+                _start(values, before, tokens)
+
+
+def _start(values: torch.Tensor, before: int, tokens: RunTokenizer) -> None:
+    import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    gathered: Any = contextlib.nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters([values], modifier_rank=0)
+    with gathered, torch.no_grad():
+        if len(values) <= before:  # another process's share
+            return
+        old = values[:before].float()
+        values[before:] = old.mean(0).to(values.dtype)
+        for token, pieces in tokens.pieces.items():
+            if pieces:
+                values[tokens.tokenizer.convert_tokens_to_ids(token)] = old[list(pieces)].mean(0).to(values.dtype)
 
 
 def missing_model(model: ModelConfig, source: str, what: str, error: Exception) -> PreflightError:

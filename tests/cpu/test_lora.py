@@ -116,7 +116,7 @@ def base_with_adapter(run: RunDir, base: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(base)
     rows = len(AutoTokenizer.from_pretrained(run.model))
     if rows > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(rows)
+        model.resize_token_embeddings(rows, pad_to_multiple_of=64)
     return PeftModel.from_pretrained(model, run.model / "adapter")
 
 
@@ -196,19 +196,23 @@ def test_new_tokens_are_trained_and_no_other_rows(
     trained: Callable[..., RunDir], without_chatml: Callable[[bool], Path], tied: bool
 ) -> None:
     base = without_chatml(tied)
-    run = trained(LORA, f"model.name={base}", "model.chat_template=chatml", "train.learning_rate=0.05")
+    run = trained(LORA, f"model.name={base}", "model.chat_template=chatml", "train.learning_rate=0.03")
     before, after = weights(base), weights(run.model)
     matrices = [name for name in ENDS if name in before]
     assert len(matrices) == (1 if tied else 2)
     for name in matrices:
         old = before[name].shape[0]
-        assert after[name].shape[0] == old + len(CHATML_TOKENS)
+        assert after[name].shape[0] == -(-(old + len(CHATML_TOKENS)) // 64) * 64
         assert torch.equal(after[name][:old], before[name])
         rows = next(tensor for key, tensor in adapter_of(run).items() if name.removesuffix("weight") in key)
-        assert torch.equal(after[name][old:], rows)
+        assert torch.equal(after[name][old : old + len(CHATML_TOKENS)], rows)
         # transformers starts them at the mean of the others.
         assert (rows - before[name].mean(0)).abs().max() > 0.05
-    assert torch.allclose(logits(published(run)), logits(base_with_adapter(run, base)), atol=1e-5)
+    # Rows beyond the tokens only fill the matrix: no row of data holds them.
+    used = old + len(CHATML_TOKENS)
+    assert torch.allclose(
+        logits(published(run))[..., :used], logits(base_with_adapter(run, base))[..., :used], atol=1e-5
+    )
     assert all(tensor.shape[0] < before[matrices[0]].shape[0] for tensor in adapter_of(run).values())
 
 
