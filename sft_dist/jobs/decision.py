@@ -16,6 +16,8 @@ NEVER = {"config", "data", "out_of_memory", "disk", "numbers", "checkpoint", "ca
 # must reach a save at some time.
 FRUITLESS, FRUITLESS_IF_ASKED = 2, 3
 ASKED = {"preemption", "time_limit"}
+# What new processes on the same nodes may well be spared; what is wrong with a node comes back, and then another one helps.
+ANEW = {"unknown", "network", "hang"}
 WORDS = {"time_limit": "time limit", "out_of_memory": "out of memory"}
 NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,253}")
 
@@ -28,17 +30,28 @@ class Decision:
 
     requeue: bool
     text: str
-    """For attempts.jsonl: `requeue 1 of 10: hang`, `over: config`."""
+    """For attempts.jsonl: `requeue 1 of 10: hang`, `again in this job: hang`, `over: config`."""
     why: str = ""
     """For the user, where it is not what the failure itself says."""
     without: str | None = None
     """The node that the next attempt must not get."""
+    here: bool = False
+    """The next attempt begins at once, in the same job on the same nodes."""
 
 
-def decide(failure: Failure, history: History, max_requeues: int, restart: int, *, spare: bool = True) -> Decision:
-    """`history` holds the run's lines of attempts.jsonl, this attempt's last; `restart` is how often the job was requeued.
+def decide(
+    failure: Failure,
+    history: History,
+    max_requeues: int,
+    restart: int,
+    *,
+    spare: bool = True,
+    stays: bool = False,
+) -> Decision:
+    """`history` holds the run's lines of attempts.jsonl, this attempt's last; `restart` is how often the run began anew.
 
-    Without `spare` the job cannot do without any of its nodes, since its user has named them.
+    Without `spare` the job cannot do without any of its nodes, since its user has named them. With `stays` the job could go
+    on: it does once an attempt got further than all before, so that it leaves nodes on which nothing succeeds.
     """
     word = WORDS.get(failure.kind, failure.kind)
     if failure.kind == "cancelled":
@@ -56,6 +69,8 @@ def decide(failure: Failure, history: History, max_requeues: int, restart: int, 
         if failure.kind in ASKED:
             why += "; it needs longer jobs (slurm.time) or more frequent saves (checkpoint.save_steps)"
         return Decision(False, f"over: {word}, {fruitless} attempts in a row without progress", why)
+    if stays and not fruitless and failure.kind in ANEW:
+        return Decision(False, f"again in this job: {word}", "again in this job", here=True)
     without = failure.node if failure.kind == "node" and spare else None
     without = without if without and NODE_NAME.fullmatch(without) else None
     count = f"requeue {restart + 1} of {max_requeues}"

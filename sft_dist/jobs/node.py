@@ -2,7 +2,8 @@
 
 Task 0 starts the process that keeps the record of the attempt (`python -m sft_dist.supervise`), which asks before, trains
 and asks after. The others wait until it says that the training starts, start their share of the workers, and stay until
-task 0 is through: srun ends a step some time after its first task has left.
+task 0 is through: srun ends a step some time after its first task has left. Where processes failed and not a node, all of
+it begins anew in the same job.
 
 submitit's own handlers are replaced: they requeue without a save, and ignore SIGTERM.
 """
@@ -36,6 +37,8 @@ from sft_dist.rundir import RunDir
 
 POLL_S = 0.1
 LOOK_S = 1.0
+# For so long after the start a task that waits for the first one's word looks often.
+SOON_S = 60.0
 # How long task 0 waits for the others before it ends, and they for it once its word came.
 LEAVE_S = 30.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -86,6 +89,42 @@ def _note(heard: list[int]) -> Any:
 
 def _lead(place: Place, heard: list[int]) -> int:
     """Task 0: keep the record by way of a process of its own; exit status 0 if the job did what it was there for."""
+    while True:
+        status, decided = _supervised(place, heard)
+        again = decided.startswith("again")
+        requeue = decided.startswith("requeue")
+        if requeue:
+            _ask_for_requeue(place)
+        gathered = _end(place, again=again)
+        if not again:
+            return 0 if requeue else abs(status)
+        place = _anew(place)
+        if not gathered:  # a node may be what has failed: SLURM knows others
+            _ask_for_requeue(place)
+            _end(place)
+            return 0
+
+
+def _end(place: Place, *, again: bool = False) -> bool:
+    """Tell the other tasks that the attempt is over, and whether another follows here; whether all of them have heard."""
+    board, deadline = board_of(place), time.monotonic() + LEAVE_S
+    board.say("end", again=again)
+    while len(board.said("left")) < place.tasks - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return len(board.said("left")) >= place.tasks - 1
+
+
+def _ask_for_requeue(place: Place) -> None:
+    """Leave the marker for the batch script."""
+    run = RunDir(Path(place.run))
+    if place.marker:
+        write_text(
+            Path(place.marker), marker_text(place.run, exclude_list(run, read_jsonl(run.attempts)[-1].get("job_id")))
+        )
+
+
+def _supervised(place: Place, heard: list[int]) -> tuple[int, str]:
+    """One attempt: the exit status of the process that kept its record, and what was decided, empty if nothing was."""
     board, run = board_of(place), RunDir(Path(place.run))
     before, kills = len(read_jsonl(run.attempts)), oom_kills()
     supervisor = subprocess.Popen([sys.executable, "-m", "sft_dist.supervise", place.run], preexec_fn=_hold_signals)
@@ -106,21 +145,36 @@ def _lead(place: Place, heard: list[int]) -> int:
         leave_ending(run, None, supervisor.pid, -supervisor.returncode, oom_kills=oom_kills() - kills)
         bury(run, place, now=True)
     lines = read_jsonl(run.attempts)
-    requeue = len(lines) > before and str(lines[-1].get("decided", "")).startswith("requeue")
-    if requeue and place.marker:
-        write_text(Path(place.marker), marker_text(place.run, exclude_list(run, lines[-1].get("job_id"))))
-    board.say("end")
-    deadline = time.monotonic() + LEAVE_S
-    while len(board.said("left")) < place.tasks - 1 and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    return 0 if requeue else abs(supervisor.returncode)
+    return supervisor.returncode, str(lines[-1].get("decided", "")) if len(lines) > before else ""
+
+
+def _anew(place: Place) -> Place:
+    """The place for the next beginning in this job, also for what is started from here."""
+    place = place.anew()
+    os.environ[PLACE] = place.to_text()
+    return place
 
 
 def _follow(place: Place, heard: list[int]) -> int:
     """Another task: its share of the workers while task 0 says so. Its exit status is 0: what failed is said otherwise."""
+    while True:
+        _share(place, heard)
+        board = board_of(place)
+        while not (ended := board.said("end")):
+            time.sleep(POLL_S)
+        board.say("left")
+        if not ended[-1].get("again"):
+            return 0
+        place = _anew(place)
+
+
+def _share(place: Place, heard: list[int]) -> None:
+    """This task's part of one attempt, if it comes to that; says what failed here."""
     board, run = board_of(place), RunDir(Path(place.run))
+    began = time.monotonic()
     while not (started := board.said("train")) and not board.said("end"):
-        time.sleep(LOOK_S)
+        # Soon after the start the others wait for this task; asking the model before may take hours.
+        time.sleep(POLL_S if time.monotonic() - began < SOON_S else LOOK_S)
     if started and not board.said("end"):
         share = Workers(int(started[-1]["processes"]), started[-1].get("threads"))
         status = run_share(run, share, heard, place)
@@ -133,10 +187,6 @@ def _follow(place: Place, heard: list[int]) -> int:
                 reason = f"the processes on {place.nodes[place.node]} ended with exit status {status}"
                 run.write_status(state="failed", reason=reason, exit_status=1)
             board.say("failed", status=status)
-    while not board.said("end"):
-        time.sleep(LOOK_S)
-    board.say("left")
-    return 0
 
 
 def _hold_signals() -> None:

@@ -41,11 +41,13 @@ class Place:
     """The file whose presence lets the batch script requeue the job."""
     parts: tuple[str, ...] = ("before", "train", "after")
     """What of the run this job does."""
+    again: int = 0
+    """How often the run began anew within this start of the job."""
 
     @property
     def key(self) -> str:
-        """The name of this start of the job."""
-        return f"{self.job}.{self.restart}"
+        """The name of this start of the job, and of this beginning in it."""
+        return f"{self.job}.{self.restart}" + (f".{self.again}" if self.again else "")
 
     @property
     def tasks_per_node(self) -> int:
@@ -54,6 +56,11 @@ class Place:
     @property
     def local_task(self) -> int:
         return self.task % self.tasks_per_node
+
+    def anew(self) -> Place:
+        """The same place, for the run's next beginning in it: with a board and a port of its own."""
+        again = self.again + 1
+        return dataclasses.replace(self, again=again, port=port(self.job, self.restart, again))
 
     def to_text(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -96,9 +103,9 @@ def find_place(spec: Mapping[str, Any], env: Mapping[str, str]) -> Place:
     )
 
 
-def port(job: str, restart: int) -> int:
-    """Where the processes meet; another one after each requeue, since the last one may still be held."""
-    return FIRST_PORT + zlib.crc32(f"{job}.{restart}".encode()) % (LAST_PORT + 1 - FIRST_PORT)
+def port(job: str, restart: int, again: int = 0) -> int:
+    """Where the processes meet; another one for each beginning, since the last one may still be held."""
+    return FIRST_PORT + (zlib.crc32(f"{job}.{restart}".encode()) + again) % (LAST_PORT + 1 - FIRST_PORT)
 
 
 def expand_nodes(text: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class Verdict:
     """Of the run, in status.json."""
     reason: str | None
     decided: str
-    """In attempts.jsonl: `done`, `next job`, `requeue 1 of 10: hang`, or why it is over."""
+    """In attempts.jsonl: `done`, `next job`, `requeue 1 of 10: hang`, `again in this job: hang`, or why it is over."""
     requeue: bool = False
     without: str | None = None
     """The node that the next attempt is not to get."""
@@ -66,7 +66,8 @@ class Settler:
         except (OSError, ValueError, RecursionError) as error:  # a disk that is gone, a file that is damaged
             log.warning("why the attempt ended was not found out: %s", error)
             failure = Failure("unknown", reason or "it ended without a word")
-        verdict = judge(self.run, self.place, state, failure, facts)
+        # Who was asked to stop leaves, whatever else has happened.
+        verdict = judge(self.run, self.place, state, failure, facts, stays=state == "failed" and not number)
         facts |= {"failure": failure.facts(), "decided": verdict.decided}
         if verdict.without:
             facts["without"] = verdict.without
@@ -85,8 +86,13 @@ def judge_done(*, complete: bool) -> Verdict:
     return Verdict("done", None, "done") if complete else Verdict("queued", "waits for the next job", "next job")
 
 
-def judge(run: RunDir, place: Place | None, state: str, failure: Failure, line: dict[str, Any]) -> Verdict:
-    """What follows from an attempt that did not end well; `line` is what its line in attempts.jsonl will hold."""
+def judge(
+    run: RunDir, place: Place | None, state: str, failure: Failure, line: dict[str, Any], *, stays: bool = False
+) -> Verdict:
+    """What follows from an attempt that did not end well; `line` is what its line in attempts.jsonl will hold.
+
+    With `stays` the run may begin anew in this job.
+    """
     if place is None or not place.marker:
         over = "over: it was stopped" if state == "stopped" else "over: it failed, and nothing requeues it here"
         return Verdict(state, failure.sentence, over)
@@ -95,10 +101,10 @@ def judge(run: RunDir, place: Place | None, state: str, failure: Failure, line: 
     history = [*read_jsonl(run.attempts), line]
     # A job whose user named its nodes would wait for ever without one of them.
     spare = failure.kind == "node" and not load_run_config(run.config).slurm.nodelist
-    decision = decide(failure, history, place.requeues, place.restart, spare=spare)
+    decision = decide(failure, history, place.requeues, place.restart + place.again, spare=spare, stays=stays)
     reason = "; ".join(part for part in (failure.sentence, decision.why) if part)
-    if decision.requeue:
-        return Verdict("queued", reason, decision.text, True, decision.without)
+    if decision.requeue or decision.here:
+        return Verdict("queued", reason, decision.text, decision.requeue, decision.without)
     return Verdict(state, reason, decision.text)
 
 

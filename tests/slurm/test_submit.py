@@ -124,7 +124,7 @@ def test_preempted_it_comes_back_and_finishes(each_lab: Lab, submit: Submit) -> 
 
 
 def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
-    """Cancelled, submitted again, out of time where nothing may be requeued, submitted again, a worker killed, back."""
+    """Cancelled, submitted again, out of time where nothing may be requeued, submitted again, a worker killed, anew there."""
     run, job = submit("lives", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=lives", "train.max_steps=5000")
     lab.eventually(past_step(run, 2), PATIENCE, job)
     assert run_cli("cancel", "lives").returncode == 0
@@ -142,10 +142,12 @@ def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
     run, job = submit("lives", "lives", "slurm.max_requeues=10")
     lab.eventually(past_step(run, run.read_status()["step"] + 2), PATIENCE, job)
     lab.run("pkill", "-KILL", "-n", "-f", f"sft_dist.train {run.path}$")
-    lab.eventually(state(run, "queued"), 60)
-    assert "SIGKILL" in run.read_status()["reason"]
-    lab.hurry(job)
-    lab.eventually(past_step(run, run.read_status()["step"]), PATIENCE, job)
+    lab.eventually(lambda: len(read_jsonl(run.attempts)) == 3, 60, job)
+    assert "SIGKILL" in read_jsonl(run.attempts)[-1]["reason"]
+    reached = read_jsonl(run.attempts)[-1]["last_step"]
+    lab.eventually(state(run, "running"), PATIENCE, job)
+    lab.eventually(past_step(run, reached), PATIENCE, job)
+    assert lab.job(job)["Restarts"] == "0", "the job has kept its nodes"
     lab.run("scancel", "--signal=USR1", job)
     lab.wait_for(job, "FAILED", patience=PATIENCE)
 
@@ -153,7 +155,7 @@ def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
     assert [row["decided"] for row in rows] == [
         "over: it was cancelled",
         "over: time limit, and requeueing is off",
-        "requeue 1 of 10: unknown",
+        "again in this job: unknown",
         "over: it was cancelled",
     ]
     assert rows[2]["failure"]["rank"] is not None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sft_dist.files import append_jsonl
 from sft_dist.jobs import node
 from sft_dist.jobs.board import board_of
 from sft_dist.jobs.node import NodeJob
@@ -85,3 +88,51 @@ def follow(place: Place, heard: list[int], status: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(node, "run_share", share)
     monkeypatch.setattr(node.time, "sleep", rest)
     assert node._follow(place, heard) == 0
+
+
+def test_a_run_begins_anew_in_its_job(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tasks, each in a thread as on a node of its own: again, again, and then back into the queue."""
+    decided = iter(["again in this job: unknown", "again in this job: hang", "requeue 3 of 3: unknown"])
+    attempts: list[tuple[int, Place]] = []
+
+    def supervised(here: Place, heard: list[int]) -> tuple[int, str]:
+        board_of(here).say("train", processes=1)
+        while not [entry for entry in attempts if entry[1].key == here.key and entry[0] == 1]:
+            time.sleep(0.01)
+        word = next(decided)
+        append_jsonl(RunDir(tmp_path).attempts, {"job_id": "7", "decided": word})
+        attempts.append((0, here))
+        return 1, word
+
+    def share(run: RunDir, _: Any, heard: list[int], here: Place) -> int:
+        attempts.append((1, here))
+        return 1
+
+    monkeypatch.setattr(node, "_supervised", supervised)
+    monkeypatch.setattr(node, "run_share", share)
+    monkeypatch.setenv("SFT_DIST_PLACE", place.to_text())
+    (tmp_path / "config.yaml").write_text("{}\n")
+    first = dataclasses.replace(place, task=0, node=0)
+    with ThreadPoolExecutor(2) as pool:
+        lead, follow = pool.submit(node._lead, first, []), pool.submit(node._follow, place, [])
+        assert (lead.result(60), follow.result(60)) == (0, 0)
+    assert Path(place.marker).is_file(), "the last word is the queue"
+    assert [[here.again for task, here in attempts if task == it] for it in (0, 1)] == [[0, 1, 2], [0, 1, 2]]
+    ports = {(here.again, here.port) for _, here in attempts}
+    assert len(ports) == len({port for _, port in ports}) == 3, "all tasks meet at the same new port each time"
+
+
+def test_a_job_of_which_a_task_is_gone_goes_back_into_the_queue(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supervised(*_: Any) -> tuple[int, str]:
+        append_jsonl(RunDir(tmp_path).attempts, {"job_id": "7", "decided": "again in this job: network"})
+        return 1, "again in this job: network"
+
+    monkeypatch.setattr(node, "_supervised", supervised)
+    monkeypatch.setattr(node, "LEAVE_S", 0.0)
+    monkeypatch.setenv("SFT_DIST_PLACE", place.to_text())
+    (tmp_path / "config.yaml").write_text("{}\n")
+    assert node._lead(dataclasses.replace(place, task=0, node=0), []) == 0
+    assert Path(place.marker).is_file()
+    assert board_of(place.anew()).said("end"), "one that comes late ends, too"

@@ -98,7 +98,7 @@ def test_a_wrong_config_is_over_and_a_lost_worker_is_not(place: Place) -> None:
     run.write_status(attempt=2)
     leave_ending(run, 1, 77, signal.SIGKILL)
     line = settled(place, run, "failed", "said")
-    assert (line["state"], line["decided"]) == ("queued", "requeue 1 of 2: unknown")
+    assert (line["state"], line["decided"]) == ("queued", "again in this job: unknown")
     assert line["failure"] == {
         "kind": "unknown",
         "sentence": "rank 1 (process 77) was killed by SIGKILL",
@@ -226,6 +226,30 @@ def test_what_may_go_away_is_tried_again_while_it_gets_further(kind: str) -> Non
     last = decide(failed, [line(5), line(5), line(5)], 10, 2)
     assert (last.requeue, last.text) == (False, f"over: {kind}, 2 attempts in a row without progress")
     assert decide(failed, [line(5), line(5), line(6)], 10, 2).requeue
+
+
+@pytest.mark.parametrize("kind", ["network", "hang", "unknown"])
+def test_a_job_keeps_its_nodes_while_the_run_gets_further_on_them(kind: str) -> None:
+    failed = Failure(kind, "it broke")
+    first = decide(failed, [line(5)], 10, 0, stays=True)
+    assert (first.here, first.requeue, first.text) == (True, False, f"again in this job: {kind}")
+    assert decide(failed, [line(5), line(9)], 10, 1, stays=True).here
+    stuck = decide(failed, [line(5), line(5)], 10, 1, stays=True)
+    assert (stuck.here, stuck.requeue) == (False, True), "the nodes may be to blame"
+    assert decide(failed, [line(5)], 10, 10, stays=True).text.startswith("over: "), "it counts as a requeue does"
+    assert decide(failed, [line(5)], 0, 0, stays=True).text.endswith("requeueing is off")
+
+
+@pytest.mark.parametrize("kind", ["node", "preemption", "time_limit", *NEVER])
+def test_what_new_processes_do_not_change_is_none_of_that(kind: str) -> None:
+    assert not decide(Failure(kind, "it broke", node="n1"), [line(5)], 10, 0, stays=True).here
+
+
+@pytest.mark.parametrize(("state", "number"), [("stopped", TERM), ("failed", USR2)])
+def test_who_was_asked_to_stop_leaves_the_job(place: Place, state: str, number: int) -> None:
+    run = run_of(place)
+    leave_ending(run, 1, 77, signal.SIGKILL)
+    assert settled(place, run, state, "said", number)["decided"].startswith("requeue 1 of 2")
 
 
 @pytest.mark.parametrize("kind", NEVER)
