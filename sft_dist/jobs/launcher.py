@@ -75,14 +75,14 @@ def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -
     def over() -> bool:
         return bool(board.said("failed") or board.said("end"))
 
-    if place.tasks_per_node > 1:
+    if place.tasks_per_node > 1 or share.count == 1:  # torchrun would only load torch first, for one process to start
         alone = {"RANK": place.task, "WORLD_SIZE": place.tasks, "LOCAL_RANK": place.local_task}
         meeting = {"LOCAL_WORLD_SIZE": place.tasks_per_node, "MASTER_ADDR": place.address, "MASTER_PORT": place.port}
         extra = {name: str(value) for name, value in {**alone, **meeting}.items()}
         before = oom_kills()
         status = _run(run, [sys.executable, *arguments], share, heard, over, extra, place, agent_is_worker=True)
-        # Else it was ended here, because of another one, or has done all that it was there for.
-        if status < 0 and not (over() or board.said("hang") or board.said("overdue") or is_over(run)):
+        # Else a stop came before the worker was able to hear it, or it has done all that it was there for.
+        if status < 0 and not (is_over(run) or (heard and -status in (signal.SIGTERM, signal.SIGINT))):
             leave_ending(run, place.task, 0, -status, oom_kills=oom_kills() - before)
         return status
     meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
@@ -103,7 +103,7 @@ def _run(
     agent_is_worker: bool = False,
 ) -> int:
     """Start `command` and pass signals on to its workers; once `over`, they have a moment to end by themselves, and once
-    one of them has hung, none."""
+    one of them has hung, none. The exit status; 137 for a worker that was killed here."""
     watchdog = Watchdog(run, 1 if agent_is_worker else share.count, place)
     strays = accelerate_variables()
     inherited = {name: value for name, value in os.environ.items() if name not in strays}
@@ -112,6 +112,7 @@ def _run(
         environment.setdefault("OMP_NUM_THREADS", str(share.threads))
     agent = subprocess.Popen(command, env=environment, stdout=STDERR, start_new_session=True, preexec_fn=_as_agent)
     passed_on, look, deadline, grace = 0, time.monotonic() + LOOK_S, None, Grace(run, place, heard)
+    ended_here = False
     try:
         while agent.poll() is None:
             if len(heard) > passed_on or grace.over():
@@ -120,7 +121,7 @@ def _run(
                 passed_on += _pass_on(heard[passed_on:], workers)
                 if grace.over() and agent.poll() is None:
                     watchdog.give_up(grace.asked, grace.seconds or 0.0, workers)
-                    _kill(agent)
+                    ended_here |= _kill(agent)
             if deadline is None and time.monotonic() > look:
                 look = time.monotonic() + LOOK_S
                 if over is not None and over():
@@ -128,14 +129,14 @@ def _run(
                 elif _left_early(run):
                     deadline = look + EARLY_S
             if (deadline is not None and time.monotonic() > deadline) or watchdog.hung():
-                _kill(agent)
+                ended_here |= _kill(agent)
             time.sleep(POLL_S)  # a blocking wait would not let a handler forward anything
     except BaseException:
         _kill(agent)
         raise
     finally:
         watchdog.close()
-    return agent.returncode
+    return 128 + signal.SIGKILL if ended_here and agent_is_worker else agent.returncode
 
 
 def is_over(run: RunDir) -> bool:
@@ -214,11 +215,14 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def _kill(agent: subprocess.Popen[bytes]) -> None:
-    if agent.poll() is None:
+def _kill(agent: subprocess.Popen[bytes]) -> bool:
+    """Whether it was there."""
+    there = agent.poll() is None
+    if there:
         workers = children(agent.pid)
         agent.kill()  # first: it would put its workers on record as killed by somebody
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         agent.wait()
+    return there

@@ -36,6 +36,8 @@ GAP_S = 5.0
 QUIET_S = 10.0
 # How long the other nodes have to say what they see, NCCL to write, and workers to end by themselves.
 OTHERS_S, NCCL_S, LEAVE_S = 6.0, 2.0, 5.0
+# The states of a process that a signal or a debugger has stopped (proc(5)).
+STOPPED = ("T", "t")
 
 
 class Watch:
@@ -117,7 +119,7 @@ class Watchdog:
 
     def hung(self) -> bool:
         """Whether a process of the run has hung. Then it is on record with all that can be found out, and the workers here
-        were asked to end; whoever asks must kill them."""
+        were asked to end if they can; whoever asks must kill them."""
         now = time.monotonic()
         if self.folder is None or self.verdict is not None or now < self._next:
             return False
@@ -154,7 +156,7 @@ class Watchdog:
         self._publish(name, everyone, stacks, pids)
 
     def _settle(self) -> None:
-        """Find out, say it, write it down, and ask the workers to end."""
+        """Find out, say it, write it down, and ask the workers to end if that may help."""
         everyone, stacks, pids, name = self._examine("hang")
         if self.watch.missing() or not everyone:
             self.verdict = never_came(len(self.watch.beats), self.watch.expected, self.watch.waited)
@@ -162,7 +164,9 @@ class Watchdog:
             self.verdict = reason(everyone, f"stacks in logs/{name}")
             self.culprit = next(iter(culprits(everyone)[0]), None)
         self._publish(name, everyone, stacks, pids)
-        _ask_to_end(list(pids.values()))
+        # Without one that somebody has stopped the others cannot agree on a step to save.
+        if self.culprit is None or self.culprit.state not in STOPPED:
+            _ask_to_end(list(pids.values()))
 
     def _examine(
         self, word: str, workers: Sequence[int] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,6 +16,10 @@ import pytest
 
 from sft_dist.config.schema import Config
 from sft_dist.jobs import launcher
+from sft_dist.jobs.board import board_of
+from sft_dist.jobs.last_words import read_words
+from sft_dist.jobs.launcher import Workers
+from sft_dist.jobs.place import Place
 from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.parallel.resolve import Resolved, resolve
 from sft_dist.rundir import RunDir
@@ -237,3 +242,67 @@ def test_what_workers_print_is_no_result(two: Resolved, scripts: Path, capfd: py
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines() == ["DeepSpeed built something", "and something else"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    RunDir(tmp_path).write_status(state="running", attempt=1)
+    return Place("7", 0, ("n1", "n2"), 1, 1, 2, "n1", 20001, str(tmp_path))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_torchrun_stands_between_only_where_a_node_has_several_processes(
+    count: int, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(
+        run: RunDir,
+        command: list[str],
+        share: Workers,
+        heard: object,
+        over: object,
+        extra: object = None,
+        *_: object,
+        **more: object,
+    ) -> int:
+        started.append((command, dict(extra or {})))  # type: ignore[call-overload]
+        return 0
+
+    monkeypatch.setattr(launcher, "_run", run)
+    assert launcher.run_share(RunDir(tmp_path), Workers(count), [], place) == 0
+    ((command, extra),) = started
+    assert ("sft_dist.jobs.elastic" in command) == (count == 2)
+    assert command[-3:] == ["-m", "sft_dist.train", str(tmp_path)]
+    if count == 1:
+        assert [extra[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
+            "1",
+            "2",
+            "0",
+            "1",
+        ]
+        assert (extra["MASTER_ADDR"], extra["MASTER_PORT"]) == ("n1", "20001")
+
+
+@pytest.mark.parametrize(
+    ("status", "heard", "said"),
+    [(-9, [], True), (-11, [signal.SIGUSR2], True), (-15, [signal.SIGTERM], False), (137, [], False), (1, [], False)],
+)
+def test_who_was_killed_is_put_down_and_who_was_ended_is_not(
+    status: int, heard: list[int], said: bool, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another task has noticed its own loss first, which is only what follows."""
+    monkeypatch.setattr(launcher, "_run", lambda *_, **__: status)
+    board_of(dataclasses.replace(place, task=0)).say("failed")
+    assert launcher.run_share(RunDir(tmp_path), Workers(1), heard, place) == status
+    assert [word.signal for word in read_words(RunDir(tmp_path), 1)] == ([-status] if said else [])
+
+
+def test_a_worker_that_is_killed_here_has_not_been_killed_by_somebody(
+    place: Place, scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PATIENCE_S", "LOOK_S"):
+        monkeypatch.setattr(launcher, name, 0.0)
+    command = [sys.executable, str(scripts / "worker.py"), str(scripts), "0"]
+    status = launcher._run(RunDir(scripts), command, Workers(1), [], lambda: True, agent_is_worker=True)
+    assert status == 128 + signal.SIGKILL

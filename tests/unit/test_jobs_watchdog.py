@@ -136,6 +136,19 @@ def test_a_hang_is_written_down_and_the_workers_are_asked_to_end(tmp_path: Path,
     assert not folder.exists()
 
 
+def test_nobody_is_asked_to_save_without_one_that_is_stopped(tmp_path: Path, begin: Begin, clock: Clock) -> None:
+    dog = Watchdog(a_run(tmp_path, 30), 2)
+    waiting, stopped = begin(dog, 0, "optimizer"), begin(dog, 1)
+    stopped.send_signal(signal.SIGSTOP)
+    while watchdog.state_of(stopped.pid) != "T":
+        pass
+    assert look(dog, clock, 40)
+    assert dog.culprit is not None
+    assert (dog.culprit.rank, dog.culprit.state) == (1, "T")
+    assert (waiting.poll(), stopped.poll()) == (None, None), "whoever asked kills them"
+    dog.close()
+
+
 def test_a_healthy_run_is_left_alone(tmp_path: Path, begin: Begin, clock: Clock) -> None:
     run = a_run(tmp_path, "auto")
     dog = Watchdog(run, 1)
