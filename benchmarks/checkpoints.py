@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py --parameters 120e6 --folder /scratch/me --out benchmarks/results/checkpoints.json
 
 Writes what one process of the plans cpu and single writes for so many parameters in bfloat16: 2 bytes each as safetensors, 12
-as AdamW's states. The folder must lie on the disk that is asked about. Syncing depends on how much the kernel has written
+as AdamW's states. Then the same through `Saves`, which waits for a quick one: what of a save is not writing. The folder must lie on the disk that is asked about. Syncing depends on how much the kernel has written
 by then: a disk that takes data faster than it is made has little left to sync.
 """
 
@@ -26,9 +26,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sft_dist.config.schema import CheckpointConfig
 from sft_dist.files import sync_path, utc_now, write_json
-from sft_dist.train.checkpoint import BESIDE, _digest, seal, settled
+from sft_dist.rundir import RunDir
+from sft_dist.train.checkpoint import BESIDE, MANIFEST, _digest, seal, settled
 from sft_dist.train.ranks import Ranks
+from sft_dist.train.saving import Saves
 
 TENSOR = 2_000_000
 
@@ -46,12 +49,14 @@ def main() -> None:
     try:
         rounds = [one_save(root / f"checkpoint-{number}", weights, states) for number in range(given.repeats + 1)][1:]
         beside = beside_training(root / "checkpoint-0")
+        waits = waits_of_saves(RunDir(root / "run"), weights, states, given.repeats)
     finally:
         shutil.rmtree(root)
     parts = {name: spread([round_[name] for round_ in rounds]) for name in rounds[0]}
     for name, (median, low, high) in parts.items():
         print(f"{name:28} {median:8.3f} ({low:.3f} to {high:.3f})")
     print("a step beside it, median s ", beside)
+    print("a save beside its writing, s", waits)
     found: dict[str, Any] = {
         "time": utc_now(),
         "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
@@ -59,6 +64,7 @@ def main() -> None:
         "parameters": int(given.parameters),
         "seconds": {name: dict(zip(("median", "lowest", "highest"), it, strict=True)) for name, it in parts.items()},
         "step_seconds": beside,
+        "seconds_of_a_save_beside_its_writing": waits,
     }
     if given.out:
         write_json(given.out, found)
@@ -88,6 +94,30 @@ def one_save(folder: Path, weights: dict[str, torch.Tensor], states: dict[int, A
     took["manifest, synced"] = seconds(lambda: seal(folder, 1, {}, [{}]))
     took["share that waits for no model"] = (took["sync"] + took["hash"]) / sum(took.values())
     return took
+
+
+def waits_of_saves(
+    run: RunDir, weights: dict[str, torch.Tensor], states: dict[int, Any], repeats: int
+) -> dict[str, Any]:
+    """How long a save keeps the training waiting beside its writing, and how many counted when they ended."""
+    saves, waits, counted = Saves(run, CheckpointConfig(), {}, Ranks()), [], 0
+    for step in range(1, repeats + 1):
+        os.sync()
+        folder = run.checkpoints / f"checkpoint-{step}"
+        with saves.save(step):
+            wrote = seconds(
+                lambda folder=folder: (
+                    save_file(weights, folder / "model.safetensors"),
+                    torch.save({"state": states, "param_groups": []}, folder / "optimizer.pt"),
+                )
+            )
+        waits.append(saves.stall_s - wrote)
+        counted += (folder / MANIFEST).is_file()
+        saves.close()
+    return {
+        **dict(zip(("median", "lowest", "highest"), spread(waits), strict=True)),
+        "counted_at_once": f"{counted} of {repeats}",
+    }
 
 
 def beside_training(folder: Path) -> dict[str, float]:

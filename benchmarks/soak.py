@@ -5,9 +5,11 @@
 
 Effective training time is the time in steps that count, over wall time without what SLURM lets a requeued job wait. A step counts
 if it stands in metrics.jsonl in the end: those that a fault took back, saves, starts and the time to notice a hang are loss. Its
-time is that inside steps, by which metrics.jsonl has tokens_per_s.
+time is that inside steps, by which metrics.jsonl has tokens_per_s. Loading and logging between steps count as loss as well, so that
+the model must not be so small that they are what is measured: the default has 2.4 million parameters, random ones.
 
-Needs what slurm/lab needs. Beside each fault the result has the time until the job waits again, and until a step is done that was not done before.
+Needs what slurm/lab needs. Beside each fault the result has the seconds until the attempt was on record, until the job waited (not
+where the run began anew in the same job), in the queue, from there to the first step on record, and in all until a step that was not done before.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from typing import Any
 
 from requeue import call, field, lab, status, until
 
+from sft_dist.files import utc_now
+
 # `preempt`: SLURM does it for another job on all nodes; `usr2`: its word about the time limit; the others hit one process.
 FAULTS = ("usr2", "kill", "preempt", "stop", "exception")
 LOOK_S = 0.2
@@ -35,7 +39,15 @@ LOOK_S = 0.2
 def words(options: argparse.Namespace) -> list[str]:
     many = options.nodes * options.processes > 1
     return [
-        *("smoke", "run.name=soak", "train.max_steps=1000000", "train.logging_steps=5", "data.eval_size=0"),
+        *(
+            "smoke",
+            f"model.name={options.model}",
+            "train.learning_rate=1e-4",
+            "run.name=soak",
+            "train.max_steps=1000000",
+            "train.logging_steps=5",
+            "data.eval_size=0",
+        ),
         *("data.train={task: mix, rows: 4000, seed: 1}", f"train.global_batch_size={options.batch}"),
         *("train.eval_strategy=no", "evaluate.before=false", "evaluate.after=false", "evaluate.data=null"),
         *("evaluate.labels=[]", "checkpoint.save_strategy=steps", f"checkpoint.save_steps={options.save_steps}"),
@@ -55,14 +67,18 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--processes", type=int, default=1, help="of each node")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step: its length")
+    parser.add_argument("--hidden", type=int, default=192, help="size of the model's hidden states")
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--save-steps", type=int, default=20)
     parser.add_argument("--hang-timeout", type=float, default=10.0)
+    parser.add_argument("--faults", default=",".join(FAULTS), help="those to choose from")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as name, lab(Path(name) / "lab") as conf:
         os.environ |= {"SLURM_CONF": conf, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         os.environ["SFT_DIST_RUNS"] = f"{name}/runs"
+        options.model = base(Path(name) / "base", options.hidden, options.layers)
         found = soak(Path(name) / "runs" / "soak", options)
     text = json.dumps(found, indent=1)
     if options.out:
@@ -84,18 +100,21 @@ def soak(run: Path, options: argparse.Namespace) -> dict[str, Any]:
         time.sleep(options.every)
         event: dict[str, Any] = {"fault": what, "step": step(run), "at_s": round(time.monotonic() - began)}
         at = time.monotonic()
+        number = len(attempts(run))
         strike(what, job, run, options)
-        until(lambda: field(job, "JobState") == "PENDING")
-        event["pending_s"], reached = round(time.monotonic() - at, 1), step(run)
-        queue = time.monotonic()
-        time.sleep(1.1)  # in the same second slurmd takes the new start for the one that was revoked
-        call("scontrol", "update", f"JobId={job}", "StartTime=now+1")
-        until(lambda: field(job, "JobState") == "RUNNING")
-        waited += time.monotonic() - queue
-        event["queue_s"] = round(time.monotonic() - queue, 1)
-        before = attempts(run)[-1]
-        event |= {name: before.get(name) for name in ("ended", "decided", "last_step")}
-        until(lambda number=before["attempt"], reached=reached: new_steps(run, number, reached))
+        until(lambda number=number: len(attempts(run)) > number)
+        before, begin = attempts(run)[-1], time.monotonic()
+        event |= {"on_record_s": round(begin - at, 1)} | {
+            it: before.get(it) for it in ("ended", "decided", "last_step")
+        }
+        reached = step(run)
+        if not str(before["decided"]).startswith("again"):
+            queued_s = queue(job, event, at)
+            waited, begin = waited + queued_s, time.monotonic()
+        since = utc_now()
+        until(lambda since=since: rows(run)[-1]["time"] > since)
+        event["start_s"] = round(time.monotonic() - begin, 1)
+        until(lambda number=number + 1, reached=reached: new_steps(run, number, reached))
         event["to_new_step_s"] = round(time.monotonic() - at, 1)
         events.append(event)
         print(event, file=sys.stderr)
@@ -117,11 +136,39 @@ def soak(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def base(folder: Path, hidden: int, layers: int) -> str:
+    """The folder of a model of this size, with random weights and the embedded tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from sft_dist.train.pretrained import resolve_model
+
+    source = resolve_model("embedded:tiny")
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, head_dim=hidden // 4, **sizes)).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def queue(job: str, event: dict[str, Any], at: float) -> float:
+    """Wait until the job is in the queue and let it start; the seconds that it was there. Adds to what is known of `event`."""
+    until(lambda: field(job, "JobState") == "PENDING")
+    event["pending_s"], began = round(time.monotonic() - at, 1), time.monotonic()
+    time.sleep(1.1)  # in the same second slurmd takes the new start for the one that was revoked
+    call("scontrol", "update", f"JobId={job}", "StartTime=now+1")
+    until(lambda: field(job, "JobState") == "RUNNING")
+    event["queue_s"] = round(time.monotonic() - began, 1)
+    return time.monotonic() - began
+
+
 def faults(options: argparse.Namespace) -> Iterator[str]:
     """All of them in turn, in an order that follows from the seed."""
-    draw = random.Random(options.seed)
+    draw, names = random.Random(options.seed), options.faults.split(",")
     while True:
-        yield from draw.sample(FAULTS, len(FAULTS))
+        yield from draw.sample(names, len(names))
 
 
 def strike(what: str, job: str, run: Path, options: argparse.Namespace) -> None:
@@ -140,7 +187,8 @@ def strike(what: str, job: str, run: Path, options: argparse.Namespace) -> None:
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    path = run / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
