@@ -13,6 +13,7 @@ import pytest
 from sft_dist.config.loader import load_config
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.files import read_jsonl
+from sft_dist.parallel.machine import Gpu, Machine
 from sft_dist.rundir import RunDir
 from sft_dist.stages import new_run
 from sft_dist.train.attempt import attempt
@@ -144,6 +145,29 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     row, _ = read_jsonl(RunDir(tmp_path).metrics)
     assert row["tokens_per_s"] == 100.0
     assert row["memory_gib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "told", "threads"), [((Gpu("NVIDIA H100", 80.0, 9.0),), None, [1]), ((), None, [7]), ((), "3", [])]
+)
+def test_beside_a_gpu_one_thread_joins_the_rows(
+    gpus: tuple[Gpu, ...], told: str | None, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several take three times as long for tensors this small, while the GPU waits."""
+    import torch
+
+    from sft_dist.config.schema import Config
+    from sft_dist.train import settle
+
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    machine = Machine(cpu="x", cores=7, cpu_bf16=False, memory_gib=64.0, gpus=gpus)
+    monkeypatch.setattr(settle, "this_machine", lambda: machine)
+    for name, value in (("OMP_NUM_THREADS", told), ("CUDA_VISIBLE_DEVICES", "0"), ("DS_ACCELERATOR", "cpu")):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    settle.resolve_here(Config())
+    assert found == threads
 
 
 def test_a_step_waits_for_no_disk(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
