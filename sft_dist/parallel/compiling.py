@@ -7,9 +7,6 @@ from sft_dist.config.schema import Config
 VARLEN = "sft_dist_varlen"
 # Compiling takes about half a minute and halves the time of a step: shorter runs are over before it pays.
 COMPILE_FROM_STEPS = 100
-# Plans whose layers the planner counts as eager whatever the config says, which is the most they can take: zero3 has not
-# been measured with compiled layers.
-COUNTED_EAGER = ("zero3",)
 
 
 def compiled_by_default(max_steps: int | None) -> bool:
@@ -17,10 +14,8 @@ def compiled_by_default(max_steps: int | None) -> bool:
     return max_steps is None or max_steps >= COMPILE_FROM_STEPS
 
 
-def counted_as_compiled(config: Config, plan: str, dtype: str) -> bool:
+def counted_as_compiled(config: Config, dtype: str) -> bool:
     """Whether the planner counts compiled layers for `config` on GPUs; it takes `auto` attention for ours."""
-    if plan in COUNTED_EAGER:
-        return False
     if config.train.compile_layers != "auto":
         return config.train.compile_layers
     ours = dtype == "bfloat16" and config.model.attn_implementation in ("auto", VARLEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft_dist.parallel.architecture import Architecture
@@ -16,15 +17,17 @@ from sft_dist.parallel.weights import Weights
 # Share of the peak that a matrix product with 16,384 rows reaches, by the width of the hidden state: 560, 686, 710, 714
 # and 761 of 989 TFLOP/s on an H100 (torch 2.11). Other GPUs: scaled by their `gemm_share` over the H100's.
 GEMM_SHARE = ((576, 0.566), (1024, 0.694), (2048, 0.718), (2560, 0.722), (4096, 0.769))
-# torch's varlen flash attention (flash attention 2), forward and backward pass, as a share of the peak: it grows with the
-# length l as ATTENTION_LIMIT * l / (l + ATTENTION_HALF). The limit is published (Shah et al., 2024: 35 % of an H100's peak
-# for long rows); the half makes 4.0 passes (below) of the measured step at a mean length of 1,067 (215 TFLOP/s).
-ATTENTION_LIMIT = 0.35
-ATTENTION_HALF = 670
+# Of that, what the products of a whole training reach, by the width again: 2.7 s of 4.1 (Qwen3-4B) and 5.5 of 7.4 (8B) in a
+# step of 65,536 tokens on H200s, where the widest ones draw the most power (benchmarks/results/scaling-h200x4.json).
+IN_TRAINING = ((2560, 1.0), (4096, 0.88))
+# torch's varlen flash attention (flash attention 2), forward and backward pass, as a share of the peak: 0.079 for documents
+# of 597 tokens (86 ms of 347, Qwen3-0.6B on an H100), 0.2 for 2,048 (Qwen3-4B on an H200), between them and beyond as
+# the length to the power of 0.75; not above what is published for long rows (Shah et al., 2024: 35 % of an H100's peak).
+ATTENTION_AT, ATTENTION_SHARE, ATTENTION_POWER, ATTENTION_LIMIT = 2048, 0.2, 0.75, 0.35
 # How often the bytes that a layer saves go through memory in forward and backward pass, in all that is no matrix
-# product and no attention: what is left of 165 ms (compiled) and 381 ms (eager) a step of 20,437 and 21,288 tokens on
-# one H200 (Qwen3-0.6B, benchmarks/results/plans-h200x2.json). Compiled on an H100, 4.0 and 4.9 (Qwen3-0.6B, 1.7B).
-PASSES = {True: 4.0, False: 23.0}
+# product and no attention: between 2 (Qwen3-0.6B on an H100) and 7 (4B on an H200) compiled. Eager: what is left of the
+# 396 ms that SFTTrainer's step of 20,437 tokens took on one H200 (benchmarks/results/plans-h200x2.json).
+PASSES = {True: 5.0, False: 22.0}
 # Bytes through memory for each input and each output of a linear layer with an adapter, in bfloat16, eager. The input is
 # read in both passes, its gradient written, read and added; the output is written, scaled and added, its gradient scaled.
 # Counted from PEFT's modules, not measured.
@@ -37,11 +40,9 @@ LOGIT_TRAFFIC = 44
 # of the kernels. Recomputing is one more forward pass.
 LAUNCH_S = {True: 1.6e-3, False: 4.8e-3}
 LAUNCH_AGAIN = 4 / 3
-# Seconds that a micro batch takes longer with an engine, for each trained tensor: 60 ms (zero2), 65 (zero1) and 74 (fsdp2)
-# more than ddp, compiled, with 310 tensors. It hides behind nothing: zero2 took 72 ms more with eager layers too, whose
-# step is twice as long, and 82 more in micro batches of a few hundred tokens. zero3: from the one run there is, in which
-# some layers were compiled and others not; not calibrated.
-HOOK_S = {"zero1": 0.21e-3, "zero2": 0.195e-3, "zero3": 0.36e-3, "fsdp2": 0.24e-3}
+# Seconds that a micro batch takes longer with an engine, for each trained tensor, compiled: what steps took longer than
+# ddp's, 6 ms (zero1), 18 (zero2), 27 (fsdp2) and 122 (zero3) with 310 tensors, 40 (fsdp2) and 50 to 80 (zero3) with 398.
+HOOK_S = {"zero1": 0.02e-3, "zero2": 0.06e-3, "zero3": 0.3e-3, "fsdp2": 0.1e-3}
 # Share of a pass behind which communication can hide, and the share of it that never does.
 OVERLAP, ALWAYS_SEEN = 0.8, 0.05
 # Bytes through memory for each element in AdamW's step: gradient, master and two moments read, three written, and the
@@ -104,12 +105,16 @@ def flops_per_token(
 
 def gemm_flops(architecture: Architecture, gpu: GpuModel) -> float:
     """Operations a second that matrix products of this width reach on `gpu`."""
-    width = architecture.hidden
-    share = GEMM_SHARE[0][1] if width < GEMM_SHARE[0][0] else GEMM_SHARE[-1][1]
-    for (low, at_low), (high, at_high) in itertools.pairwise(GEMM_SHARE):
-        if low <= width <= high:
-            share = at_low + (at_high - at_low) * (width - low) / (high - low)
+    share = _between(GEMM_SHARE, architecture.hidden)
     return gpu.peak_flops * share * gpu.gemm_share / GPUS["h100"].gemm_share
+
+
+def _between(table: Sequence[tuple[int, float]], width: int) -> float:
+    """The value at `width`, on the line between its neighbours; that of the first or last beyond them."""
+    for (low, at_low), (high, at_high) in itertools.pairwise(table):
+        if low <= width <= high:
+            return at_low + (at_high - at_low) * (width - low) / (high - low)
+    return table[0][1] if width < table[0][0] else table[-1][1]
 
 
 def step_time(
@@ -159,8 +164,9 @@ def _micro_batch(
         layers += 6 * weights.trained * tokens
     layer = layer_activations(architecture, layout.dtype, compiled=layout.compile_layers)
     saved = layer * architecture.layers * tokens
-    matrix_s = gemm_flops(architecture, gpu)
-    attention_s = gpu.peak_flops * ATTENTION_LIMIT * work.length / (work.length + ATTENTION_HALF)
+    matrix_s = gemm_flops(architecture, gpu) * _between(IN_TRAINING, architecture.hidden)
+    attention_share = min(ATTENTION_LIMIT, ATTENTION_SHARE * (work.length / ATTENTION_AT) ** ATTENTION_POWER)
+    attention_s = gpu.peak_flops * attention_share
     parts = layers / matrix_s, attention / attention_s, PASSES[layout.compile_layers] * saved / gpu.hbm_bytes_per_s
     if weights.lora:
         ends = sum(

@@ -90,7 +90,12 @@ def gpu_memory(architecture: Architecture, weights: Weights, layout: Layout, bat
             head=head_kept,
             buffers=held.gathered + held.buckets,
         ),
-        GpuMemory(**always, gradients=held.end, activations=temporary, buffers=held.gathered + held.buckets),
+        GpuMemory(
+            **always,
+            gradients=held.end,
+            activations=temporary,
+            buffers=held.gathered + held.buckets + held.last_bucket,
+        ),
         GpuMemory(**always, gradients=held.end, buffers=held.step),
     )
     return max(moments, key=lambda moment: moment.allocated)

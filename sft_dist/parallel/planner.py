@@ -79,7 +79,7 @@ def layout_of(job: Job, cluster: Cluster, plan: str, offload: Offload, checkpoin
         processes_per_node=1 if plan == "single" else cluster.gpus_per_node,
         dtype=dtype,
         gradient_checkpointing=checkpointing,
-        compile_layers=counted_as_compiled(job.config, plan, dtype),
+        compile_layers=counted_as_compiled(job.config, dtype),
         offload=offload,
         nvme_path=parallel.nvme_path,
         hybrid_shard=parallel.hybrid_shard and plan in HYBRID,

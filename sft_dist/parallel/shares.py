@@ -35,8 +35,11 @@ class Held:
     """Gradients that are there as soon as the backward pass begins."""
     end: int
     buckets: int
+    """Gradients on their way to other processes while layers are differentiated."""
     gathered: int
     step: int
+    last_bucket: int = 0
+    """What is on its way when the backward pass ends, beyond `buckets`."""
 
 
 def state_bytes(layout: Layout, weights: Weights) -> tuple[int, int, int]:
@@ -59,18 +62,20 @@ def held_by(architecture: Architecture, weights: Weights, layout: Layout, *, sev
     engine, name = layout.plan.engine, layout.plan.name
     if engine in ("none", "ddp"):
         full = trained * gradient
-        kept = full if several or engine == "ddp" else 0  # DDP's buckets hold the gradients and stay
+        # DDP's buckets hold the gradients and stay. Those of micro batches that are not reduced are beside them until the
+        # last one's are copied in (measured, Qwen3-4B).
+        kept = full * (several + (engine == "ddp"))
         step = min(STEP_TRANSIENT_BYTES, 4 * trained) if parameter == 2 else 0
         parameters = trained * parameter + weights.frozen_bytes
         return Held(parameters, trained * states, kept, kept, full, 0, 0, step)
     own = -(-trained // layout.shard_size)
     if engine == "fsdp2":
         away = layout.offload != "none"
-        gathered, buckets = _fsdp_buffers(architecture, weights)
+        gathered, buckets, last = _fsdp_buffers(architecture, weights)
         part = 0 if away else own * gradient
         parameters = 0 if away else own * parameter + weights.frozen_bytes // layout.shard_size
         optimizer = 0 if away else own * states
-        return Held(parameters, optimizer, part if several else 0, part, part, buckets, gathered, 0)
+        return Held(parameters, optimizer, part if several else 0, part, part, buckets, gathered, 0, last)
     if name == "zero3":
         return _zero3(architecture, weights, layout, own)
     return _zero12(weights, layout, own, several=several)
@@ -110,13 +115,15 @@ def _zero3(architecture: Architecture, weights: Weights, layout: Layout, own: in
     return Held(parameters, 0 if away else own * states, part, part, part, buckets, gathered, step)
 
 
-def _fsdp_buffers(architecture: Architecture, weights: Weights) -> tuple[int, int]:
-    """Bytes of what FSDP2 has gathered, and of a unit's gradient on its way, with bfloat16 units, float32 reduction.
+def _fsdp_buffers(architecture: Architecture, weights: Weights) -> tuple[int, int, int]:
+    """Bytes of what FSDP2 has gathered, of a unit's gradient on its way, and of what the last unit's has more.
 
-    A unit is one layer: the one in use, the next, and the buffer that it arrives in. The tail (final norm and head)
-    stays gathered from the first use to the end of the backward pass (accelerate's `fsdp2_prepare_model`).
+    Units are bfloat16, reduced in float32. A unit is one layer: the one in use, the next, and the buffer that it arrives in.
+    The tail (final norm and head) stays gathered from the first use to the end of the backward pass (accelerate's
+    `fsdp2_prepare_model`), where its gradient leaves (measured with Qwen3-4B and 8B).
     """
     layer, tail = architecture.layer_params, architecture.tail_params
     gathered = 2 * (3 * layer + tail)
-    unit = max(layer, tail) if not weights.lora else weights.trained // architecture.layers
-    return gathered, (2 + 4) * unit
+    if weights.lora:
+        return gathered, (2 + 4) * weights.trained // architecture.layers, 0
+    return gathered, (2 + 4) * layer, (2 + 4) * max(0, tail - layer)

@@ -39,7 +39,7 @@ that is trained, in bfloat16, over N GPUs:
 | plan | parameters | gradients | optimizer | besides |
 |---|---|---|---|---|
 | single | 2 | 2 | 12 | {step:.2f} GiB while the optimizer steps |
-| ddp | 2 | 2, all the time (they are the buckets) | 12 | {step:.2f} GiB while the optimizer steps |
+| ddp | 2 | 2, all the time (they are the buckets); 4 while accumulating | 12 | {step:.2f} GiB while the optimizer steps |
 | zero1 | 2 | 2 while accumulating, and 2/N in the last micro batch | 12/N | 2 buckets of {bucket}M elements and a copy of one; in the step 6/N |
 | zero2 | 2 | 2/N; 4/N while accumulating | 12/N | the same |
 | zero3 | 2/N | 2/N | 12/N | gathered: up to {reuse}M elements that are used again soon, {prefetch}M ahead, the head; in the step 6 for up to {group}M elements |
@@ -90,8 +90,8 @@ zero3: parameters gathered twice and gradients scattered, in every micro batch. 
 nodes the ring crosses a node's border once, over all of its network cards. `hybrid_shard` keeps gathers inside the node.
 
 **Time** of a step: matrix products, 6 operations an element and token (LoRA 4), at {low:.0%} ({low_width} wide) to {high:.0%}
-({high_width}) of the GPU's peak, the head's for trained tokens only; attention, 6 x layers x q x mean length, at up to
-{attention:.0%}; all else through memory, {passes:g} times the bytes that a compiled layer saves and {eager:g} times an eager
+({high_width}) of the GPU's peak, of which a training with the widest reaches {sustained:.0%}, the head's for trained tokens only;
+attention, 6 x layers x q x mean length, at up to {attention:.0%}; all else through memory, {passes:g} times the bytes that a compiled layer saves and {eager:g} times an eager
 one's, and {logit} bytes a logit; recomputing, one more forward pass; AdamW, {adam} bytes an element; and communication beyond
 {overlap:.0%} of the computing that it can hide behind. A micro batch takes no less than the host needs to launch it: {launch:.1f}
 ms a layer, {launch_eager:.1f} eager. Engines add to each micro batch, for each tensor, {hook1:.2f} ms (zero1: to the last one),
@@ -104,14 +104,14 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 
 ## What is assumed, and what was measured
 
-- Measured (torch 2.11, transformers 5.17, trl 1.16, DeepSpeed 0.19.8, November 2026): Qwen3-0.6B on one and two H200, the table
-  below. Larger models, gradient checkpointing, LoRA, offload, accumulation and more GPUs are counted, not yet measured.
-- The measured runs still had the gradient of the chunk before and its product beside the logits, which the code now gives
-  back: 0.87 GiB. With it the compiled and eager runs below are predicted to 0.4%, but for one.
-- That one, resumed on one GPU, took 2.9 GiB more than is counted for the tokens that were replayed for it, and just what is
-  counted for 23,750. On a CPU a resumed run holds the same tensors as one that was not stopped, byte for byte. The script
-  now records the tokens itself; until it has run again the point stands as it is.
-- The time that engines add is measured as a whole for one model; that it grows with the number of tensors is assumed.
+- Measured (torch 2.11, transformers 5.17, trl 1.16, DeepSpeed 0.19.8, November 2026), on H200s of one host: Qwen3-0.6B under
+  every plan on one and two, 4B on one to four, 8B on two and four, the larger two with gradient checkpointing and
+  accumulation; the table below. LoRA, offload, several nodes and zero1 and zero2 of the larger shapes are counted, not measured.
+- Where more than a few hundred tokens are in a micro batch the peaks are within 4 %. With micro batches of some hundred
+  tokens, half of them trained, 10 % too much is predicted: the head is counted for all.
+- Speeds are within 16 %, most of them too high: in the measured runs every step was logged, which makes the host wait for the
+  GPU; a run logs every tenth. Of `single` 30 ms a step were threads on the host, of which a run now has one.
+- The time that engines add was measured for three shapes; that it grows with the number of tensors is assumed.
 - Matrix products and copies were measured on H100 and H200; other GPUs are taken to reach the share in the table below.
 - Between nodes: the network in the table, for each GPU, of which {network:.0%} arrives. It is a property of the cluster.
 - A dense decoder with our varlen attention and one-pass head. Time for evaluation and for writing checkpoints is not counted.
@@ -119,10 +119,12 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 
 ## Predicted and measured
 
-Qwen3-0.6B, bfloat16, H200, micro batches of 32 rows whose lengths are spread like chats, without gradient checkpointing;
-from `benchmarks/results/plans-h200x2.json`. Memory is torch.cuda.max_memory_allocated with the largest micro batch, the
-tokens of which are given; speed is tokens a second and GPU. The constants for time are fitted to these runs, those for
-memory are counted. `resume` is the end of the run once more, from its checkpoint.
+bfloat16, compiled layers, H200. Qwen3-0.6B: micro batches of 32 rows whose lengths are spread like chats, no gradient
+checkpointing (`benchmarks/results/plans-h200x2.json`). 4B and 8B: four micro batches of 16,384 tokens in rows of 2,048, with
+it (`scaling-h200x4.json`). Memory is torch.cuda.max_memory_allocated with the largest micro batch, the tokens of which are
+given; speed is tokens a second and GPU. The constants for time are fitted to these runs, those for memory are counted.
+`resume` is the end of the run once more, from its checkpoint. ddp of 4B was resumed before its states went through host memory
+(106 GiB), and is left out.
 """
 
 
@@ -149,6 +151,7 @@ def planner_table() -> str:
         high=h100_share,
         high_width=widths[-1][0],
         attention=cost.ATTENTION_LIMIT,
+        sustained=cost.IN_TRAINING[-1][1],
         passes=cost.PASSES[True],
         eager=cost.PASSES[False],
         compile_from=compiling.COMPILE_FROM_STEPS,
@@ -168,12 +171,12 @@ def planner_table() -> str:
 
 def _measured_table() -> Iterator[str]:
     yield (
-        "| plan | layers | run | tokens | GiB predicted | measured | off | speed predicted | measured | off "
+        "| model | GPUs | plan | run | tokens | GiB predicted | measured | off | speed predicted | measured | off "
         "| checkpoint GiB predicted | measured |"
     )
-    yield "|---" * 12 + "|"
+    yield "|---" * 13 + "|"
     for point in points():
-        name = point.plan if point.calibrated else f"{point.plan} (not calibrated)"
+        name = f"{point.model.split('/')[-1]} | {point.gpus} | {point.plan}"
         memory = (
             f"{point.predicted_peak_gib:.1f} | {point.peak_gib:.1f} | {_off(point.predicted_peak_gib, point.peak_gib)}"
         )
@@ -181,7 +184,7 @@ def _measured_table() -> Iterator[str]:
         if point.speed and point.predicted_speed:
             speed = f"{point.predicted_speed:,.0f} | {point.speed:,} | {_off(point.predicted_speed, point.speed)}"
         saved = f"{point.predicted_checkpoint_gib:.2f} | {point.checkpoint_gib or ''}"
-        yield f"| {name} | {point.layers} | {point.part} | {point.tokens:,} | {memory} | {speed} | {saved} |"
+        yield f"| {name} | {point.part} | {point.tokens:,} | {memory} | {speed} | {saved} |"
 
 
 def _off(predicted: float, measured: float) -> str:

@@ -44,7 +44,7 @@ def memory(architecture: Architecture, where: Layout, batch: Batch, lora: LoraCo
     ("plan", "gpus", "parameters", "gradients", "optimizer"),
     [
         ("single", 1, 2, 2, 12),
-        ("ddp", 2, 2, 2, 12),
+        ("ddp", 2, 2, 4, 12),
         ("zero1", 4, 2, 2, 3),
         ("zero2", 4, 2, 0.5, 3),
         ("zero3", 4, 0.5, 0.5, 3),
