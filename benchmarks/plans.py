@@ -5,7 +5,7 @@
     python benchmarks/plans.py --shape tiny --plans ddp zero3 --processes 2       # on a CPU, to try the script
 
 The model has random weights of the named shape, the rows are random words whose lengths are spread like chats (lognormal,
-median 350 tokens, up to 2048); half of each row is trained. Per plan one launch of torchrun takes, one after the other:
+median 460 tokens, up to 2048); half of each row is trained. Per plan one launch of torchrun takes, one after the other:
 
   equal    20 steps of few short rows, with accumulation and without, with and without checkpointing: the losses
   speed    some steps of many tokens, one checkpoint on the way, and the final model as safetensors
@@ -616,7 +616,7 @@ def make_model(shape: str, work: Path) -> None:
 
 
 def write_rows(work: Path) -> tuple[Path, Path]:
-    """Two files of chats with random words: long ones (median about 350 tokens), and short ones (about 100).
+    """Two files of chats with random words: long ones (median about 460 tokens), and short ones (about 125).
 
     A third, full.jsonl beside them, has chats of more than 2,048 tokens only (benchmarks/scaling.py).
     """
