@@ -37,7 +37,7 @@ from sft_dist.rundir import RunDir
 
 POLL_S = 0.1
 LOOK_S = 1.0
-# For so long after the start a task that waits for the first one's word looks often.
+# For so long a task that waits for the first one's word looks often, since others wait for it.
 SOON_S = 60.0
 # How long task 0 waits for the others before it ends, and they for it once its word came.
 LEAVE_S = 30.0
@@ -159,13 +159,18 @@ def _follow(place: Place, heard: list[int]) -> int:
     """Another task: its share of the workers while task 0 says so. Its exit status is 0: what failed is said otherwise."""
     while True:
         _share(place, heard)
-        board = board_of(place)
+        board, began = board_of(place), time.monotonic()
         while not (ended := board.said("end")):
-            time.sleep(POLL_S)
+            _pause(began)
         board.say("left")
         if not ended[-1].get("again"):
             return 0
         place = _anew(place)
+
+
+def _pause(began: float) -> None:
+    """Between two looks for a word that has been waited for since `began`: it comes at once, or in hours."""
+    time.sleep(POLL_S if time.monotonic() - began < SOON_S else LOOK_S)
 
 
 def _share(place: Place, heard: list[int]) -> None:
@@ -173,8 +178,7 @@ def _share(place: Place, heard: list[int]) -> None:
     board, run = board_of(place), RunDir(Path(place.run))
     began = time.monotonic()
     while not (started := board.said("train")) and not board.said("end"):
-        # Soon after the start the others wait for this task; asking the model before may take hours.
-        time.sleep(POLL_S if time.monotonic() - began < SOON_S else LOOK_S)
+        _pause(began)
     if started and not board.said("end"):
         share = Workers(int(started[-1]["processes"]), started[-1].get("threads"))
         status = run_share(run, share, heard, place)
