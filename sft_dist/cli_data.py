@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sft_dist.errors import ConfigError
+
 if TYPE_CHECKING:
     from sft_dist.config.loader import LoadedConfig
 
@@ -21,15 +23,31 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]", he
 
 @data_app.command("make")
 def data_make(
-    task: Annotated[str, typer.Argument(help="tickets or mix.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
+    task: Annotated[str, typer.Argument(help="tickets, extraction or mix.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file, or a folder for three of them.")],
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many rows: 1000 in a file, 8000 train.jsonl of a folder.")
+    ] = None,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Rows of validation.jsonl and of test.jsonl in a folder.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives other rows.")] = 1,
+    language: Annotated[str | None, typer.Option(help="en or zh; not for mix.")] = None,
+    answer: Annotated[str | None, typer.Option(help="json or fields; for extraction.")] = None,
 ) -> None:
     """Write rows of a synthetic task. Example: sft-dist data make tickets -o tickets.jsonl --rows 500"""
-    from sft_dist.data.sources import write_task
+    from sft_dist.data.sources import write_splits, write_task
 
-    typer.echo(write_task(task, rows, seed, output))
+    options = {name: value for name, value in (("language", language), ("answer", answer)) if value is not None}
+    for name, value, known in (("language", language, ("en", "zh")), ("answer", answer, ("json", "fields"))):
+        if value is not None and value not in known:
+            raise ConfigError(f"--{name} {value} is not one of {', '.join(known)}")
+    if output.suffix:
+        typer.echo(write_task(task, rows or 1000, seed, output, **options))
+        return
+    sizes = {"train": rows or 8000, "validation": held_out, "test": held_out}
+    for path in write_splits(task, seed, output, sizes, **options):
+        typer.echo(path)
 
 
 @data_app.command("preview", context_settings=TAKES_OVERRIDES)

@@ -27,7 +27,7 @@ __all__ = ["LoadedConfig", "list_recipes", "load_config", "load_run_config", "re
 FieldPath = tuple[str, ...]
 
 # Fields of a data source that mean nothing once the source is of the other kind.
-_OF_TASK = ("task", "rows", "seed")
+_OF_TASK = ("task", "rows", "seed", "language", "answer")
 _OF_PATH = ("path", "name", "split", "revision", "format", "fields", "roles")
 _OF_MANY = ("sources",)
 _FOREIGN = {"path": _OF_TASK + _OF_MANY, "task": _OF_PATH + _OF_MANY, "sources": _OF_PATH + _OF_TASK}

@@ -17,9 +17,21 @@ EMBEDDED_MODELS = ("embedded:smollm2-135m", "embedded:tiny")
 CHAT_TEMPLATES = ("auto", "chatml", "plain")
 # Fields of a data source that mean nothing for the other kind.
 FOREIGN = {
-    "a file or a dataset": ("rows", "seed"),
+    "a file or a dataset": ("rows", "seed", "language", "answer"),
     "a synthetic task": ("name", "split", "revision", "fields", "roles"),
-    "several sources": ("rows", "seed", "name", "split", "revision", "fields", "roles", "format", "weight"),
+    "several sources": (
+        "rows",
+        "seed",
+        "language",
+        "answer",
+        "name",
+        "split",
+        "revision",
+        "fields",
+        "roles",
+        "format",
+        "weight",
+    ),
 }
 
 

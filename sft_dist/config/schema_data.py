@@ -24,8 +24,12 @@ class SourcePart(Section):
     """Split of a Hub dataset, or of a folder that datasets saved with several."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
-    task: Literal["tickets", "mix"] | None = None
-    """Generate rows instead: `tickets` (customer requests of six categories) or `mix` (arithmetic, fixed phrases, follow-up turns)."""
+    task: Literal["tickets", "extraction", "mix"] | None = None
+    """Generate rows instead: `tickets` (customer requests of six categories), `extraction` (name, e-mail and order number of a letter) or `mix` (arithmetic, fixed phrases, follow-up turns)."""
+    language: Literal["en", "zh"] = "en"
+    """Language of the tasks `tickets` and `extraction`."""
+    answer: Literal["json", "fields"] = "json"
+    """Form of the answers of `extraction`: JSON, or a line for each field."""
     rows: Count = 200
     """How many rows a synthetic task generates."""
     seed: Annotated[int, Field(ge=0)] = 1

@@ -64,7 +64,11 @@ def _settings(part: SourcePart) -> dict[str, Any]:
 
 def _content(part: SourcePart, cache: Path) -> list[Any]:
     if part.task is not None:
-        return [_module(f"sft_dist.data.{part.task}")]
+        return [
+            _module("sft_dist.data.tickets"),
+            _module("sft_dist.data.tickets_zh"),
+            _module(f"sft_dist.data.{part.task}"),
+        ]
     files = source_files(part.path or "")
     if files is None:
         return [hub_dataset(part)._fingerprint]

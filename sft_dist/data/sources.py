@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from sft_dist.config.schema import DataFormat, SourceConfig, SourcePart
 from sft_dist.data.example import Example, RowFormat
+from sft_dist.data.extraction import extraction
 from sft_dist.data.formats import detect_format, parse_row
 from sft_dist.data.hub import hub_dataset
 from sft_dist.data.json_rows import NOT_UTF8, Row, read_line
@@ -21,7 +22,9 @@ from sft_dist.data.tickets import tickets
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.files import write_text
 
-TASKS = {"tickets": tickets, "mix": mix}
+TASKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"tickets": tickets, "extraction": extraction, "mix": mix}
+# Fields of a source that a task takes beside rows and seed.
+OPTIONS = {"tickets": ("language",), "extraction": ("language", "answer"), "mix": ()}
 SHOWN_BAD_ROWS = 5
 # Rows in which the format is looked for; one that shows none hides no later ones.
 LOOKED_AT = 1000
@@ -87,7 +90,8 @@ def read_row(row: Row, how: RowFormat) -> Example | DataError:
 def source_rows(part: SourcePart) -> Iterator[Row]:
     """Every row of `part`, as it stands there. Raises DataError if it cannot be read."""
     if part.task is not None:
-        made = task_rows(part.task, part.rows, part.seed)
+        options = {name: getattr(part, name) for name in OPTIONS[part.task]}
+        made = task_rows(part.task, part.rows, part.seed, **options)
         return (Row(f"task {part.task}, row ", number, row) for number, row in enumerate(made, 1))
     name = part.path or ""
     files = source_files(name)
@@ -96,25 +100,44 @@ def source_rows(part: SourcePart) -> Iterator[Row]:
     return itertools.chain.from_iterable(file_rows(path, _called(path, name), part.split) for path in files)
 
 
-def task_rows(task: str, rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of a synthetic task, the same for the same seed; ConfigError for an unknown task."""
+def task_rows(task: str, rows: int, seed: int, **options: str) -> Iterator[dict[str, Any]]:
+    """The rows of a synthetic task, the same for the same seed; ConfigError for an unknown task or option."""
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
         guess = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"there is no synthetic task {task!r}{guess}", hint=f"tasks: {', '.join(TASKS)}")
-    return TASKS[task](rows, seed)
+    foreign = [f"{name} {value}" for name, value in options.items() if name not in OPTIONS[task]]
+    if foreign:
+        raise ConfigError(f"the task {task} knows no {', '.join(foreign)}", hint="leave it out, or take another task")
+    return TASKS[task](rows, seed, **options)
 
 
-def write_task(task: str, rows: int, seed: int, path: Path) -> Path:
+def write_task(task: str, rows: int, seed: int, path: Path, **options: str) -> Path:
     """Write a synthetic task as JSONL to `path`, atomically, and return it; an existing file is refused (ConfigError)."""
-    if path.exists():
-        raise ConfigError(f"{path} already exists and was left as it is", hint="give another file name, or remove it")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in task_rows(task, rows, seed)]
+    return _write_rows(path, list(task_rows(task, rows, seed, **options)))
+
+
+def write_splits(task: str, seed: int, folder: Path, sizes: Mapping[str, int], **options: str) -> list[Path]:
+    """Write a task's rows to NAME.jsonl in `folder` for each name in `sizes`; no row stands in two of them."""
+    paths = {name: folder / f"{name}.jsonl" for name in sizes}
+    _refuse_existing(*paths.values())
+    rows = task_rows(task, sum(sizes.values()), seed, **options)
+    return [_write_rows(paths[name], list(itertools.islice(rows, size))) for name, size in sizes.items()]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    _refuse_existing(path)
     try:
-        write_text(path, "".join(lines))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def _refuse_existing(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise ConfigError(f"{path} already exists and was left as it is", hint="give another name, or remove it")
 
 
 def bad_rows(bad: Sequence[DataError], *, total: int, dropped: bool) -> DataError:

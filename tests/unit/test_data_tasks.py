@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -11,9 +12,13 @@ import sys
 
 import pytest
 
+from sft_dist.data import tickets_zh
+from sft_dist.data.extraction import extraction
 from sft_dist.data.formats import parse_row
 from sft_dist.data.mix import KINDS, LANGUAGES, PHRASES, mix
+from sft_dist.data.sources import task_rows, write_splits
 from sft_dist.data.tickets import CATEGORIES, INSTRUCTION, REQUESTS, tickets
+from sft_dist.errors import ConfigError
 
 
 def request(row):
@@ -148,3 +153,64 @@ def test_arithmetic_answers_belong_to_their_questions():
 
 def test_phrases_have_every_language():
     assert all(len(translations) == len(LANGUAGES) and all(translations) for translations in PHRASES.values())
+
+
+# --- extraction, and Chinese -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("answer", ["json", "fields"])
+def test_extraction_answers_stand_in_the_letter_and_can_be_scored(language, answer):
+    rows = list(extraction(300, 1, language, answer))
+    assert len({row["prompt"][0]["content"] for row in rows}) == 300
+    for row in rows:
+        text = row["prompt"][0]["content"]
+        assert all(value in text for value in row["values"].values())
+        assert set(row["values"]) == {"name", "email", "order"}
+        assert row["completion"] == [{"role": "assistant", "content": row["expected"]}]
+        assert row["metric"] == answer
+        if answer == "json":
+            assert json.loads(row["expected"]) == row["values"]
+        else:
+            spoken = [re.split(": |\uff1a", line)[1] for line in row["expected"].splitlines()]
+            assert spoken == list(row["values"].values())
+        assert not re.search(r"\{[a-z_]+\}|None", text.partition("\n\n")[2])
+        assert parse_row(row, "auto", "w").first_trained == 1
+
+
+def test_chinese_tickets_are_balanced_and_do_not_name_their_category():
+    rows = list(tickets(1200, 1, "zh"))
+    assert collections.Counter(row["category"] for row in rows) == dict.fromkeys(tickets_zh.CATEGORIES, 200)
+    assert len({row["prompt"][0]["content"] for row in rows}) == 1200
+    for row in rows:
+        request = row["prompt"][0]["content"].removeprefix(tickets_zh.INSTRUCTION)
+        assert not re.search(r"\{[a-z_]+\}|None", request)
+        assert not any(category in request for category in tickets_zh.CATEGORIES), request
+    for problems, asks in tickets_zh.REQUESTS.values():
+        assert len(set(problems)) >= 6 and len(set(asks)) >= 5
+
+
+@pytest.mark.parametrize("options", [{"language": "zh"}, {"language": "zh", "answer": "fields"}])
+def test_same_seed_same_rows_of_every_language(options):
+    task = "extraction" if "answer" in options else "tickets"
+    assert list(task_rows(task, 50, 3, **options)) == list(task_rows(task, 50, 3, **options))
+    assert list(task_rows(task, 50, 3, **options)) != list(task_rows(task, 50, 4, **options))
+
+
+@pytest.mark.parametrize("task", ["tickets", "extraction", "mix"])
+def test_a_folder_gets_8000_1000_and_1000_rows_of_which_none_is_twice(task, tmp_path):
+    sizes = {"train": 8000, "validation": 1000, "test": 1000}
+    paths = write_splits(task, 1, tmp_path / "rows", sizes)
+    lines = [path.read_text(encoding="utf-8").splitlines() for path in paths]
+    assert [(path.name, len(rows)) for path, rows in zip(paths, lines, strict=True)] == [
+        (f"{name}.jsonl", size) for name, size in sizes.items()
+    ]
+    asked = [str(json.loads(line).get("prompt") or json.loads(line)["messages"]) for rows in lines for line in rows]
+    assert len(set(asked)) == 10_000
+    with pytest.raises(ConfigError, match=r"train\.jsonl already exists"):
+        write_splits(task, 1, tmp_path / "rows", sizes)
+
+
+def test_a_task_takes_its_own_options_only():
+    with pytest.raises(ConfigError, match="the task mix knows no language zh"):
+        task_rows("mix", 3, 1, language="zh")
