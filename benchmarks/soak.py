@@ -112,7 +112,7 @@ def soak(run: Path, options: argparse.Namespace) -> dict[str, Any]:
             queued_s = queue(job, event, at)
             waited, begin = waited + queued_s, time.monotonic()
         since = utc_now()
-        until(lambda since=since: rows(run)[-1]["time"] > since)
+        until(lambda since=since: any(row["time"] > since for row in rows(run)))
         event["start_s"] = round(time.monotonic() - begin, 1)
         until(lambda number=number + 1, reached=reached: new_steps(run, number, reached))
         event["to_new_step_s"] = round(time.monotonic() - at, 1)
