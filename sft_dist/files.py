@@ -153,13 +153,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def publish_dir(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it becomes `target` by one rename when the block ends without error.
 
-    If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped.
+    If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped. Its files are
+    readable to whom the umask says: safetensors 0.8 writes for the owner alone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as name:
         staged = Path(name) / "staged"
         staged.mkdir()
         yield staged
+        for path in staged.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(path.stat().st_mode & 0o777 | 0o666 & ~_umask())
         try:
             staged.rename(target)
         except OSError:

@@ -145,6 +145,19 @@ def test_a_last_line_without_its_line_break_counts(tmp_path: Path) -> None:
     assert [row["n"] for row in read_jsonl(tmp_path / "rows.jsonl")] == [1, 2, 3]
 
 
+def test_what_is_published_is_readable_to_whom_the_umask_says(tmp_path: Path) -> None:
+    """safetensors 0.8 writes files of mode 0600: a model that nobody else on the cluster could load."""
+    before = os.umask(0o027)
+    try:
+        with publish_dir(tmp_path / "model") as staged:
+            for name, mode in (("weights", 0o600), ("script", 0o700)):
+                (staged / name).touch(mode)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {"weights": 0o640, "script": 0o740}
+
+
 def test_a_published_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "cache" / "key"
     with publish_dir(target) as staged:
