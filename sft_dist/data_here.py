@@ -31,16 +31,16 @@ def prepare_here(config: Config) -> dict[str, Any]:
 
 def preview_here(config: Config, rows: int, row: int) -> list[Any]:
     """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`."""
-    from sft_dist.data.prepare import load_splits
     from sft_dist.data.preview import rows_table, tokens_view
+    from sft_dist.data.sources import load_examples
     from sft_dist.data.tokenize import IGNORED, tokenize
     from sft_dist.train.tokenizer import load_tokenizer
 
-    examples = load_splits(config)[0]
+    data = config.data
+    examples = load_examples(data.train, system=data.system, on_bad_row=data.on_bad_row)[0]
     if row > len(examples):
         raise ConfigError(f"--row {row}, but there are {len(examples)} rows", hint=f"choose 1 to {len(examples)}")
     tokens = load_tokenizer(config.model)
-    data = config.data
     chosen = next(
         tokenize(
             examples[row - 1 : row],

@@ -87,6 +87,10 @@ class DataConfig(Section):
     """Train on the assistant's words and end-of-turn tokens only; false is short for `loss_on: all`."""
     loss_on: LossOn = "assistant"
     """Tokens that are trained: those of the `assistant` in every turn, in its `last` one, the whole `completion` (all that follows the prompt, as TRL's completion_only_loss), or `all`."""
+    packing: bool = False
+    """Put several documents into each training row of at most `max_length` tokens, each blind to the others: hardly any room is left. `train.global_batch_size` then counts such rows."""
+    packing_overflow: Literal["truncate", "split"] = "truncate"
+    """With `packing`, of a document longer than `max_length`: cut off what is beyond, or make more documents of it."""
     on_bad_row: Literal["error", "drop"] = "error"
     """Stop at a row that cannot be used, or leave it out and count it."""
 

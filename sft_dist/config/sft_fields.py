@@ -30,6 +30,7 @@ SET_ELSEWHERE = {
     "bf16": "model.dtype",
     "bf16_full_eval": "model.dtype",
     "chat_template_path": "model.chat_template",
+    "packing": "data.packing",
     "data_seed": "run.seed",
     "deepspeed": "parallel.plan (zero1, zero2 or zero3)",
     "fp16": "model.dtype",
@@ -55,7 +56,7 @@ SET_ELSEWHERE = {
 }
 SET_BY_SFT_DIST = {
     **dict.fromkeys(
-        ("packing", "packing_strategy", "eval_packing", "padding_free"), "follows from the attention kernel"
+        ("packing_strategy", "eval_packing", "padding_free"), "follows from data.packing and the attention kernel"
     ),
     **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "completion_only_loss"), "rows are tokenised before"),
     **dict.fromkeys(("truncation_mode", "remove_unused_columns", "label_names"), "rows are tokenised before"),

@@ -140,15 +140,16 @@ def _refuse_existing(*paths: Path) -> None:
             raise ConfigError(f"{path} already exists and was left as it is", hint="give another name, or remove it")
 
 
-def bad_rows(bad: Sequence[DataError], *, total: int, dropped: bool) -> DataError:
-    """One error for all rows that cannot be used: the first five by name."""
+def bad_rows(bad: Sequence[DataError], *, total: int, dropped: bool, count: int | None = None) -> DataError:
+    """One error for the `count` rows that cannot be used, of which `bad` holds the first: five by name."""
+    count = count or len(bad)
     shown = [error.message for error in bad[:SHOWN_BAD_ROWS]]
-    if len(bad) > len(shown):
-        shown.append(f"... and {len(bad) - len(shown)} more")
+    if count > len(shown):
+        shown.append(f"... and {count - len(shown)} more")
     hints = [bad[0].hint] if bad[0].hint else []
     if not dropped:
         hints.append("to leave out rows like these and count them: data.on_bad_row=drop")
-    what = f"all {total} rows were dropped" if dropped else f"{len(bad)} of {total} rows cannot be used"
+    what = f"all {total} rows were dropped" if dropped else f"{count} of {total} rows cannot be used"
     if total == 1 and not dropped:
         what = "the only row cannot be used"
     return DataError("\n  ".join([f"{what}:", *shown]), hint="\n  ".join(hints))

@@ -54,6 +54,8 @@ class MaskedRow:
     """The trained answers: from which token to which."""
     problem: str | None = None
     """Why the template refuses the row; the row is empty then."""
+    encoded: Encoded | EncodedWithoutPlaces | None = None
+    """The row's text and where its tokens are from."""
     doubled_bos: bool = False
     """Whether a second token of the text's beginning was taken out."""
 
@@ -117,6 +119,14 @@ class Masks:
         for row, source in enumerate(rendered):
             whole = made[row]
             yield MaskedRow(whole.ids[:0], whole.trained[:0], problem=source.problem) if source.problem else whole
+
+    def unknown_texts(self, row: MaskedRow) -> list[str]:
+        """What stands in the text where the row has the token for what the vocabulary does not know."""
+        if not isinstance(row.encoded, Encoded) or row.encoded.in_bytes:
+            return []
+        one = row.encoded
+        places = np.flatnonzero(one.ids == self.tokenizer.unk_token_id)
+        return [one.text[int(one.starts[place]) : int(one.ends[place])] for place in places]
 
     def _ids(self, text: str, chat: bool) -> list[int]:
         return self.encoder.ids(text, add_special_tokens=not chat)
@@ -184,7 +194,7 @@ class Masks:
         doubled = bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos
         if doubled:
             ids, trained, turns = ids[1:], trained[1:], [(begin - 1, end - 1) for begin, end in turns]
-        return MaskedRow(ids, trained, tuple(turns), doubled_bos=bool(doubled))
+        return MaskedRow(ids, trained, tuple(turns), encoded=encoded, doubled_bos=bool(doubled))
 
     def _prompt_length(self, row: _Rendered, encoded: Encoded | EncodedWithoutPlaces) -> int:
         """Tokens that the prompt alone has in common with the whole row: TRL's way to tell where a completion begins."""

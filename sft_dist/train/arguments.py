@@ -131,7 +131,7 @@ def _plain_arguments(config: Config, resolved: Resolved, run: RunDir, *, has_eva
         "save_total_limit": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
-        "padding_free": resolved.padding_free,
+        "padding_free": resolved.padding_free or config.data.packing,
         "accelerator_config": _accelerator_config(resolved),
         "report_to": "none",
         "disable_tqdm": True,

@@ -56,7 +56,7 @@ def run_facts(resolved: Resolved, data: str, template: str) -> dict[str, Any]:
         **resolved.facts(),
         "data": data,
         "template": _hash(template),
-        "packing": False,  # each row is a sequence of its own, whatever the attention kernel joins
+        "packing": resolved.config.data.packing,  # else each row is a sequence of its own, whatever the kernel joins
         "global_batch_size": config.train.global_batch_size,
         "config": _hash(json.dumps(config.model_dump(mode="json"), sort_keys=True)),
         "versions": {name: number for name, number in versions().items() if unused.get(name, True)},

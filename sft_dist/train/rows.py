@@ -26,6 +26,8 @@ def filled(dataset: Dataset, multiple: int, token: int) -> Dataset:
     if not missing:
         return dataset
     rows = {"input_ids": [[token]] * missing, "labels": [[-100]] * missing}
+    if "seq_lengths" in dataset.features:
+        rows["seq_lengths"] = [[1]] * missing
     return concatenate_datasets([dataset, type(dataset).from_dict(rows, features=dataset.features)])
 
 

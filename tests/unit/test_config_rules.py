@@ -167,7 +167,7 @@ def test_a_template_file_that_exists_is_fine():
         ("bf16", "set model.dtype"),
         ("fp16", "set model.dtype"),
         ("seed", "set run.seed"),
-        ("packing", "set by sft-dist"),
+        ("packing", "set data.packing"),
         ("dataset_kwargs", "set by sft-dist"),
         ("model_init_kwargs", "set model (dtype"),
         ("chat_template_path", "set model.chat_template"),
