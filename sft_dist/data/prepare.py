@@ -56,7 +56,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTe
 
 
 def _build(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, target: Path) -> None:
-    parts = target.with_name(f".{target.name}.parts")
+    # Shards of another version, which cut the rows into other chunks, are none of these.
+    parts = target.with_name(f".{target.name}.{FEW}-{MANY}-{SMALL_CHUNKS}.parts")
     try:
         shards = {
             split: _shards(config, source, tokenizer, template, parts / split)
