@@ -18,6 +18,9 @@ import pytest
 from sft_dist.files import read_jsonl
 from sft_dist.jobs.stacks import state_of
 from sft_dist.rundir import RunDir
+from tests.cpu.conftest import no_proxy as no_proxy
+from tests.cpu.conftest import serve as serve
+from tests.cpu.conftest import tiny_tokens as tiny_tokens
 
 SERVER = Path(__file__).with_name("warm.py")
 # A start takes seconds; whatever has not ended by then hangs.
