@@ -70,9 +70,14 @@ def data_preview(
 @data_app.command("prepare", context_settings=TAKES_OVERRIDES)
 def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
+    from rich.console import Console
+
+    from sft_dist.data.preview import ledger_table
     from sft_dist.data_here import prepare_here
 
-    typer.echo(json.dumps(prepare_here(load(config, overrides).config), indent=2))
+    ledger = prepare_here(load(config, overrides).config)
+    Console(stderr=True, highlight=False).print(ledger_table(ledger))
+    typer.echo(json.dumps(ledger, indent=2))
 
 
 def load(config: str, overrides: list[str] | None) -> LoadedConfig:

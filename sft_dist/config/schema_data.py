@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sft_dist.config.section import Count, Positive, Section
+from sft_dist.config.section import Count, Fraction, Positive, Section
 
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"]
 LossOn = Literal["assistant", "last", "completion", "all"]
@@ -70,6 +70,23 @@ class SourceConfig(SourcePart):
         return self.sources or (self,)
 
 
+class LimitsConfig(Section):
+    """Shares of the training rows at which preparing them fails, before a GPU is used; judged from 20 rows on."""
+
+    max_dropped: Fraction = 0.5
+    """Rows that cannot be used (with `on_bad_row: drop`)."""
+    max_answers_cut: Fraction = 0.5
+    """Rows whose answer, or its end, is beyond `max_length`."""
+    min_end_of_turn_trained: Fraction = 0.5
+    """Answers of which the token that ends them is trained."""
+    max_unknown: Fraction = 0.1
+    """Tokens that the vocabulary does not know."""
+    max_duplicates: Fraction = 1.0
+    """Training rows that stand there more than once; 1 allows any."""
+    max_eval_overlap: Fraction = 1.0
+    """Held-out rows that also stand in the training rows; 1 allows any, with a warning."""
+
+
 class DataConfig(Section):
     """Training rows and how they become tokens and labels."""
 
@@ -93,6 +110,8 @@ class DataConfig(Section):
     """With `packing`, of a document longer than `max_length`: cut off what is beyond, or make more documents of it."""
     on_bad_row: Literal["error", "drop"] = "error"
     """Stop at a row that cannot be used, or leave it out and count it."""
+    limits: LimitsConfig = LimitsConfig()
+    """When numbers in the ledger fail the run."""
 
     @property
     def trained(self) -> LossOn:

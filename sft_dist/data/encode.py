@@ -123,20 +123,22 @@ class Encoder:
         return Encoded(text, ids, starts, np.maximum(ends - trailing, starts), True)
 
     def _token_bytes(self) -> tuple[Ints, Ints, Ints] | None:
-        settings = json.loads(self.backend.to_str())
-        normalizer = settings.get("normalizer")
+        parts = ("normalizer", "decoder", "post_processor")
+        settings = {name: _settings(getattr(self.backend, name)) for name in parts}
+        normalizer = settings["normalizer"]
         if normalizer is not None and normalizer.get("type") != "NFC":
             return None
         self._composed = normalizer is not None
-        if (settings.get("decoder") or {}).get("type") != "ByteLevel":
+        if (settings["decoder"] or {}).get("type") != "ByteLevel":
             return None
         vocabulary = self.tokenizer.get_vocab()
         size = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
         leading, trailing = size.copy(), size.copy()
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        trimmed = _trims(settings["post_processor"])
         for token, number in vocabulary.items():
             size[number] = len(token.encode()) if token in added else len(token)
-            if token not in added and _trims(settings.get("post_processor")):
+            if token not in added and trimmed:
                 leading[number] = len(token) - len(token.lstrip(SPACE))
                 trailing[number] = len(token) - len(token.rstrip(SPACE))
         self._bytes = size, leading, trailing
@@ -163,6 +165,11 @@ class Encoder:
             return self.ids(part, add_special_tokens=add_special_tokens)
 
         return EncodedWithoutPlaces(text, np.array(prefix(text), dtype=np.int64), prefix)
+
+
+def _settings(part: Any) -> Any:
+    """What a part of the library's tokenizer says of itself; None for one that is not there."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _trims(post_processor: Any) -> bool:

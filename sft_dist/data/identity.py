@@ -35,7 +35,7 @@ def data_key(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatT
     file's size and time.
     """
     data = config.data
-    parts: list[Any] = [FORMAT, data.model_dump(mode="json", exclude={"train", "eval"})]
+    parts: list[Any] = [FORMAT, data.model_dump(mode="json", exclude={"train", "eval", "limits"})]
     parts.append(config.run.seed if data.eval_size else None)
     parts += [_tokenizer(tokenizer), template.training_text, template.has_markers]
     for split, source in (("train", data.train), ("eval", data.eval)):
@@ -48,10 +48,10 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     if backend is None:
         known = json.dumps(sorted(tokenizer.get_vocab().items()))
         return [type(tokenizer).__name__, known, tokenizer.special_tokens_map]
-    settings = json.loads(backend.to_str())
-    # What the last call set, not what the tokenizer is.
-    settings.pop("truncation"), settings.pop("padding")
-    return [hashlib.sha256(json.dumps(settings).encode()).hexdigest(), tokenizer.special_tokens_map]
+    # What the last call set is not what the tokenizer is; each call sets it anew.
+    backend.no_truncation()
+    backend.no_padding()
+    return [hashlib.sha256(backend.to_str().encode()).hexdigest(), tokenizer.special_tokens_map]
 
 
 def _source(source: SourceConfig, cache: Path) -> list[Any]:

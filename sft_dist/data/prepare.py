@@ -24,8 +24,8 @@ import numpy as np
 from sft_dist.config.schema import Config, SourceConfig
 from sft_dist.data.assemble import link_shards, pack, write_rows
 from sft_dist.data.identity import data_key
-from sft_dist.data.ledger import split_ledger
-from sft_dist.data.prepared import LEDGER, Prepared, open_prepared, prepared_folder
+from sft_dist.data.ledger import hashes, overlap, split_ledger
+from sft_dist.data.prepared import LEDGER, Prepared, check_limits, open_prepared, prepared_folder
 from sft_dist.data.shards import Chunk, Shard, ShardMaker, read_shard, shard_path
 from sft_dist.data.sources import bad_rows, opened
 from sft_dist.data.template import ChatTemplate
@@ -44,7 +44,10 @@ _maker: ShardMaker | None = None
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, cache: Path) -> Prepared:
-    """Tokenise the config's rows below `cache`, or map what is there from an earlier time."""
+    """Tokenise the config's rows below `cache`, or map what is there from an earlier time.
+
+    Raises DataError for rows that cannot be used, and for a ledger beyond the limits that the config sets.
+    """
     target = prepared_folder(cache, data_key(config, tokenizer, template, cache))
     found = open_prepared(target)
     if found is None:
@@ -52,6 +55,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTe
         found = open_prepared(target)
     if found is None:
         raise DataError(f"{target} was prepared, and is not there", hint="is somebody emptying the cache?")
+    check_limits(config.data.limits, found.ledger)
     return found
 
 
@@ -178,10 +182,12 @@ def _assemble(config: Config, shards: dict[str, list[Shard]], staged: Path) -> d
     if held_out is not None:
         write_rows(train, [held_out[at : at + 1] for at in range(len(held_out))], staged / "eval", packed=False)
         ledger["eval"] = split_ledger(config, config.data.train, train, held_out, None, part_of_train=True)
+        ledger["eval"]["also_in_train"] = overlap(hashes(train, rest), hashes(train, held_out))
     elif config.data.eval is not None:
         link_shards(shards["eval"], staged / "eval")
         every = np.arange(sum(len(shard.lengths) for shard in shards["eval"]))
         ledger["eval"] = split_ledger(config, config.data.eval, shards["eval"], every, None)
+        ledger["eval"]["also_in_train"] = overlap(hashes(train, rest), hashes(shards["eval"], every))
     return ledger
 
 

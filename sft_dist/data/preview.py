@@ -7,7 +7,8 @@ are spelled out, so that a file from elsewhere cannot play tricks on a terminal.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -37,6 +38,28 @@ def rows_table(examples: Sequence[Example], limit: int = 10, *, width: int = 160
     for number, example in enumerate(shown, 1):
         question, answer = _last_turn(example)
         table.add_row(Text(str(number)), _cut(question, width), _cut(answer, width))
+    return table
+
+
+def ledger_table(ledger: Mapping[str, Any]) -> Table:
+    """The ledger's main numbers: a column for each source, and for each split as a whole."""
+    columns: list[tuple[str, Mapping[str, Any]]] = []
+    for split in ("train", "eval"):
+        numbers = ledger.get(split)
+        if numbers:
+            sources = numbers.get("sources", ())
+            columns += [(f"{split}: {one['source']} ({one['format']})", one) for one in sources if len(sources) > 1]
+            columns.append((split, numbers))
+    table = Table(title=f"rows {ledger['key']}", title_justify="left")
+    table.add_column("")
+    for name, _ in columns:
+        table.add_column(Text(visible(name)), justify="right", overflow="fold")
+    names = dict.fromkeys(
+        name for _, numbers in columns for name, value in numbers.items() if isinstance(value, int | float)
+    )
+    for name in names:
+        values = [numbers.get(name) for _, numbers in columns]
+        table.add_row(name.replace("_", " "), *("" if value is None else f"{value:,}" for value in values))
     return table
 
 

@@ -96,6 +96,7 @@ class ShardMaker:
     def _write(self, path: Path, chunk: Chunk) -> None:
         counts: dict[str, Any] = {
             "source": chunk.source,
+            "format": chunk.how.name,
             "rows_in": len(chunk.rows),
             "bad": {},
             "errors": [],
@@ -145,16 +146,17 @@ class ShardMaker:
         if over and not split:
             counts["truncated_rows"] += 1
             counts["truncated_tokens"] += over
-            counts["answers_cut"] += bool(row.trained[limit:].any())
         kept = len(row.ids) if split else limit
-        for begin, end in row.turns:
+        for begin, end in row.turns or ((0, len(row.ids)),):
             counts["turns"] += 1
-            counts["turns_ended"] += bool(end <= kept and eos in row.ids[begin:end] and row.trained[begin:end].any())
+            ended = (row.ids[begin:end] == eos) & row.trained[begin:end]
+            counts["turns_ended"] += bool(end <= kept and ended.any())
         labels = np.where(row.trained, row.ids, IGNORED).astype(np.int32)
         ids = row.ids.astype(np.int32)
         pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, kept, limit) if at < len(ids)]
         pieces = [(part, marks) for part, marks in pieces if (marks != IGNORED).any()]
         counts["cut_off"] += not pieces
+        counts["answers_cut"] += bool(pieces and not split and row.trained[limit:].any())
         return pieces
 
     def _count_unknown(self, row: MaskedRow, counts: dict[str, Any], unknown: collections.Counter[str]) -> None:

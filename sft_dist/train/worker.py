@@ -162,7 +162,7 @@ def _disagreement(error: ValueError) -> Exception:
 def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) -> Prepared:
     """The tokenised rows, which all processes map; a process of its own makes them if they are not there yet."""
     from sft_dist.data.identity import data_key
-    from sft_dist.data.prepared import open_prepared, prepared_folder
+    from sft_dist.data.prepared import check_limits, open_prepared, prepared_folder
     from sft_dist.train.pretrained import cache_root
 
     phase("prepare")
@@ -177,6 +177,7 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
     made = there()
     if made is None:
         raise DataError("the rows were prepared, and are not there", hint="is the cache on a disk that all nodes see?")
+    check_limits(config.data.limits, made.ledger)
     if ranks.is_main:
         write_json(run.ledger, made.ledger)
         log.info("%s", summary(made.ledger))
@@ -213,7 +214,7 @@ def summary(ledger: dict[str, Any]) -> str:
     """The ledger in one line."""
     train = ledger["train"]
     share = 100 * train["trained_tokens"] / train["tokens"]
-    dropped = sum(value for name, value in train.items() if name.startswith("dropped"))
+    dropped = sum(value for name, value in train.items() if name.startswith("dropped") and isinstance(value, int))
     return (
         f"data: {train['rows']} rows, {train['tokens']} tokens, {share:.1f}% trained; "
         f"{train['truncated_rows']} rows cut, {dropped} dropped; {ledger['template']}"

@@ -215,7 +215,7 @@ def test_five_mistakes_in_files_and_overrides_are_five_lines(recipes):
         "a.yaml:2   duplicate key seed, already set in line 2",
         (
             "data.max_lenght   unknown key; did you mean max_length? (valid: train, eval, eval_size, system, max_length, "
-            "assistant_only_loss, loss_on, packing, packing_overflow, on_bad_row)"
+            "assistant_only_loss, loss_on, packing, packing_overflow, on_bad_row, limits)"
         ),
         "train.learning_rate   'fast' is not a number (in file base.yaml)",
         (

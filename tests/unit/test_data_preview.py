@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sft_dist.data.formats import parse_row
-from sft_dist.data.preview import rows_table, tokens_view, visible
+from sft_dist.data.preview import ledger_table, rows_table, tokens_view, visible
 
 
 def printed(renderable, *, colour=False, width=100):
@@ -124,3 +124,20 @@ def test_table_cuts_long_texts():
 
 def test_table_of_nothing():
     assert printed(rows_table([])).startswith("0 of 0 rows")
+
+
+def test_the_ledger_as_a_table_has_a_column_for_each_source_and_spells_out_odd_names():
+    one = {"format": "messages", "rows_in": 1200, "tokens": 5, "dropped_reasons": {"not_json": 1}}
+    sources = [{**one, "source": "a.jsonl"}, {**one, "source": "[red]b\x1b.jsonl"}]
+    ledger = {"key": "abc", "train": {"rows_in": 2400, "tokens": 10, "sources": sources}, "eval": {"rows_in": 7}}
+    text = printed(ledger_table(ledger), width=200)
+    assert "rows abc" in text
+    assert "train: a.jsonl (messages)" in text and "[red]b\\x1b.jsonl" in text
+    (line,) = [line for line in text.splitlines() if "rows in" in line]
+    assert [cell.strip() for cell in line.strip("\u2502").split("\u2502")] == [
+        "rows in",
+        "1,200",
+        "1,200",
+        "2,400",
+        "7",
+    ]
