@@ -56,12 +56,17 @@ def data_preview(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows in the table.")] = 3,
     row: Annotated[int, typer.Option(min=1, help="The row whose tokens are shown.")] = 1,
+    html: Annotated[Path | None, typer.Option(help="Write a page with many rows instead, the worst first.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows on the page.")] = 200,
 ) -> None:
     """Show rows, and the tokens of one, coloured by whether they are trained. Example: sft-dist data preview demo"""
     from rich.console import Console
 
-    from sft_dist.data_here import preview_here
+    from sft_dist.data_here import page_here, preview_here
 
+    if html is not None:
+        typer.echo(page_here(load(config, overrides).config, samples, html))
+        return
     console = Console(highlight=False)
     for renderable in preview_here(load(config, overrides).config, rows, row):
         console.print(renderable)

@@ -55,6 +55,54 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
     return [rows_table(examples, rows), tokens_view(pieces, trained, title=examples[row - 1].where)]
 
 
+def page_here(config: Config, rows: int, path: Path) -> Path:
+    """Write `data preview --html`: the first `rows` rows as the model sees them, the worst first. Returns `path`."""
+    from sft_dist.data.page import Sample, samples_page
+    from sft_dist.data.preview import visible
+    from sft_dist.data.sources import load_examples
+    from sft_dist.data.tokenize import IGNORED, tokenize
+    from sft_dist.files import write_text
+    from sft_dist.train.tokenizer import load_tokenizer
+
+    data = config.data
+    examples = load_examples(data.train, system=data.system, on_bad_row="drop")[0][:rows]
+    tokens = load_tokenizer(config.model)
+    special, unknown = set(tokens.tokenizer.added_tokens_decoder), tokens.tokenizer.unk_token_id
+    found = []
+    # Uncut, so that what is beyond max_length is seen, too.
+    whole = tokenize(examples, tokens.tokenizer, tokens.template, max_length=2**31, loss_on=data.trained)
+    for number, (example, row) in enumerate(zip(examples, whole, strict=True), 1):
+        trained = [label != IGNORED for label in row.labels]
+        pieces = _pieces(tokens.tokenizer, row.input_ids, trained)
+        kinds = [
+            "c"
+            if place >= data.max_length
+            else "u"
+            if token == unknown
+            else "Bb"[not mark]
+            if token in special
+            else "tm"[not mark]
+            for place, (token, mark) in enumerate(zip(row.input_ids, trained, strict=True))
+        ]
+        shown = [visible(piece, spaces=True).replace("\u21b5", "\u21b5\n") for piece in pieces]
+        length = min(len(kinds), data.max_length)
+        found.append(
+            Sample(
+                number,
+                visible(example.where + (f": {row.problem}" if row.problem else "")),
+                list(zip(kinds, shown, strict=True)),
+                length,
+                sum(trained[:length]),
+                len(kinds) - length,
+                kinds.count("u"),
+            )
+        )
+    write_text(
+        path, samples_page(found, f"{len(found)} rows of {config.run.name or 'a config'}, as the model sees them")
+    )
+    return path
+
+
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[str]:
     """Each token as text; of several tokens that make up one character the last one shows it, the others nothing."""
     pieces: list[str] = []
