@@ -43,7 +43,7 @@ def rule_problems(config: Config) -> list[Problem]:
         _batch_sizes,
         _strategies,
         _shares,
-        _loss_on,
+        _rows,
         _generation,
         _labels,
         _extra,
@@ -153,11 +153,16 @@ def _shares(config: Config) -> Iterator[Problem]:
             yield Problem(path, f"{value:g} is neither a share (below 1) nor a whole number")
 
 
-def _loss_on(config: Config) -> Iterator[Problem]:
+def _rows(config: Config) -> Iterator[Problem]:
     data = config.data
     if not data.assistant_only_loss and data.loss_on not in ("assistant", "all"):
         problem = f"'{data.loss_on}' would be ignored, since assistant_only_loss is false; take that out"
         yield Problem("data.loss_on", problem, ("data.assistant_only_loss",))
+    if data.packing and config.parallel.sequence_parallel_size > 1:
+        problem = "true cannot be combined with rows that several GPUs share (parallel.sequence_parallel_size): they know no documents"
+        yield Problem("data.packing", problem, ("parallel.sequence_parallel_size",))
+    if data.packing_overflow == "split" and not data.packing:
+        yield Problem("data.packing_overflow", "'split' would be ignored, since packing is false", ("data.packing",))
 
 
 def _generation(config: Config) -> Iterator[Problem]:

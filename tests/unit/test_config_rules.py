@@ -107,6 +107,12 @@ def test_a_divisible_batch_is_fine(micro):
             "10 is not a multiple of save_steps 4",
         ),
         ({"data": {"eval": {"task": "mix"}, "eval_size": 0.1}}, "data.eval_size", "0.1 would be ignored"),
+        ({"data": {"packing_overflow": "split"}}, "data.packing_overflow", "'split' would be ignored"),
+        (
+            {"data": {"packing": True}, "parallel": {"plan": "zero2", "sequence_parallel_size": 2, "num_processes": 2}},
+            "data.packing",
+            "rows that several GPUs share",
+        ),
         ({"data": {"loss_on": "last", "assistant_only_loss": False}}, "data.loss_on", "'last' would be ignored"),
         ({"data": {"eval_size": 2.5}}, "data.eval_size", "neither a share (below 1) nor a whole number"),
         ({"train": {"warmup_steps": 1.5}}, "train.warmup_steps", "neither a share"),
