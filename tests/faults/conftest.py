@@ -18,6 +18,7 @@ import pytest
 from sft_dist.files import read_jsonl
 from sft_dist.jobs.stacks import state_of
 from sft_dist.rundir import RunDir
+from tests.cpu.conftest import new_run as new_run
 from tests.cpu.conftest import no_proxy as no_proxy
 from tests.cpu.conftest import serve as serve
 from tests.cpu.conftest import tiny_tokens as tiny_tokens
