@@ -110,7 +110,8 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 - Where more than a few hundred tokens are in a micro batch the peaks are within 4 %. With micro batches of some hundred
   tokens, half of them trained, 10 % too much is predicted: the head is counted for all.
 - Speeds are within 16 %, most of them too high: in the measured runs every step was logged, which makes the host wait for the
-  GPU; a run logs every tenth. Of `single` 30 ms a step were threads on the host, of which a run now has one.
+  GPU; a run logs every tenth. Of `single` about 30 ms a step were, most likely, threads on the host, of
+  which a run now has one.
 - The time that engines add was measured for three shapes; that it grows with the number of tensors is assumed.
 - Matrix products and copies were measured on H100 and H200; other GPUs are taken to reach the share in the table below.
 - Between nodes: the network in the table, for each GPU, of which {network:.0%} arrives. It is a property of the cluster.

@@ -199,8 +199,7 @@ def _digest(path: Path) -> str:
     # Not a cryptographic hash: it must tell torn and rotten files, at the speed at which they are read. SHA-256 took
     # 13 of the 15 s in which a GPU machine saved 8 GB twice.
     digest = xxhash.xxh3_128()
-    # One piece of memory for the whole file: to get and give back 16 MiB for each read makes page faults, for which the
-    # threads of a training wait.
+    # One piece of memory for the whole file, not one for each read.
     piece = memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(piece):

@@ -45,7 +45,7 @@ def test_checkpoints_are_as_large_as_predicted(point: Point) -> None:
 def test_speeds_are_near_those_that_the_constants_were_fitted_to(point: Point) -> None:
     """Of two or three steps each, all of them logged, which a run does every tenth time.
 
-    single, 0.6B: 30 ms a step of it were threads on the host, which a run now has one of (train/settle.py).
+    single, 0.6B: it lost 30 ms between two steps, most likely to threads on the host (train/settle.py).
     """
     assert point.speed is not None
     threads = 0.03 * point.speed / 20_323 if named(point) == "Qwen3-0.6B-1-single-speed" else 0.0
