@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -75,12 +75,22 @@ def data_preview(
 @data_app.command("prepare", context_settings=TAKES_OVERRIDES)
 def data_prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Tokenise once into the cache and print the counts. Example: sft-dist data prepare demo"""
+    from sft_dist.data.prepared import BeyondLimits
+    from sft_dist.data_here import prepare_here
+
+    try:
+        ledger = prepare_here(load(config, overrides).config)
+    except BeyondLimits as error:
+        _show(error.ledger)
+        raise
+    _show(ledger)
+
+
+def _show(ledger: dict[str, Any]) -> None:
     from rich.console import Console
 
     from sft_dist.data.preview import ledger_table
-    from sft_dist.data_here import prepare_here
 
-    ledger = prepare_here(load(config, overrides).config)
     Console(stderr=True, highlight=False).print(ledger_table(ledger))
     typer.echo(json.dumps(ledger, indent=2))
 

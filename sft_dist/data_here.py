@@ -6,34 +6,40 @@ stands on the last line of stdout.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
-from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.errors import ConfigError, DataError, SftDistError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from sft_dist.data.notes import Ints
+    from sft_dist.data.prepared import Prepared
+    from sft_dist.data.tokenize import MaskedRow
+    from sft_dist.train.tokenizer import RunTokenizer
 
 
 def prepare_here(config: Config) -> dict[str, Any]:
     """Tokenise the config's rows into the cache; returns the ledger."""
-    from sft_dist.data.prepare import prepare
-    from sft_dist.train.pretrained import cache_root
-    from sft_dist.train.tokenizer import load_tokenizer
+    # Libraries speak on stdout while a model is converted, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        from sft_dist.data.prepare import prepare
+        from sft_dist.train.pretrained import cache_root
+        from sft_dist.train.tokenizer import load_tokenizer
 
-    tokens = load_tokenizer(config.model)
-    return prepare(config, tokens.tokenizer, tokens.template, cache_root()).ledger
+        tokens = load_tokenizer(config.model)
+        return prepare(config, tokens.tokenizer, tokens.template, cache_root()).ledger
 
 
 def preview_here(config: Config, rows: int, row: int) -> list[Any]:
-    """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`."""
+    """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`, and what is lost of it."""
     from sft_dist.data.preview import rows_table, tokens_view
     from sft_dist.data.sources import load_examples
-    from sft_dist.data.tokenize import IGNORED, tokenize
+    from sft_dist.data.tokenize import Masks
+    from sft_dist.data.view import decoder, pieces
     from sft_dist.train.tokenizer import load_tokenizer
 
     data = config.data
@@ -41,82 +47,115 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
     if row > len(examples):
         raise ConfigError(f"--row {row}, but there are {len(examples)} rows", hint=f"choose 1 to {len(examples)}")
     tokens = load_tokenizer(config.model)
-    chosen = next(
-        tokenize(
-            examples[row - 1 : row],
-            tokens.tokenizer,
-            tokens.template,
-            max_length=data.max_length,
-            loss_on=data.trained,
-        )
+    example = examples[row - 1]
+    found = next(Masks(tokens.tokenizer, tokens.template, data.trained).rows([example]))
+    ids, trained = found.ids[: data.max_length].tolist(), found.trained[: data.max_length].tolist()
+    texts = pieces(decoder(tokens.tokenizer), ids, trained)
+    notes = _untrained(config, found, tokens.tokenizer.eos_token_id)
+    return [rows_table(examples, rows), tokens_view(texts, trained, title=example.where, notes=notes)]
+
+
+def _untrained(config: Config, row: MaskedRow, eos: int | None) -> list[str]:
+    """What of a row is not trained on although it is an answer, and why."""
+    if row.problem:
+        return [f"left out: {row.problem}"]
+    limit, whole, kept = (
+        config.data.max_length,
+        int(row.trained.sum()),
+        int(row.trained[: config.data.max_length].sum()),
     )
-    trained = [label != IGNORED for label in chosen.labels]
-    pieces = _pieces(tokens.tokenizer, chosen.input_ids, trained)
-    return [rows_table(examples, rows), tokens_view(pieces, trained, title=examples[row - 1].where)]
+    cut = max(0, len(row.ids) - limit)
+    if not (row.trained & (row.ids != eos)).any():
+        return ["left out: its answer has no words"]
+    if cut and config.data.packing and config.data.packing_overflow == "split":
+        return [f"{cut} tokens beyond max_length {limit} become further documents; {whole - kept} of them are trained"]
+    said = [f"{cut} tokens beyond max_length {limit} are cut off, {whole - kept} of them trained ones"] if cut else []
+    return said if kept else [*said, "left out: nothing of its answer is within max_length"]
 
 
 def page_here(config: Config, rows: int, path: Path) -> Path:
-    """Write `data preview --html`: the first `rows` rows as the model sees them, the worst first. Returns `path`."""
-    from sft_dist.data.page import Sample, samples_page
-    from sft_dist.data.preview import visible
-    from sft_dist.data.sources import load_examples
-    from sft_dist.data.tokenize import IGNORED, tokenize
+    """Write `data preview --html`: at most `rows` of the prepared rows, those worth a look first. Returns `path`."""
+    from sft_dist.data.notes import read_notes
+    from sft_dist.data.nothing import NothingTrained
+    from sft_dist.data.page import samples_page
+    from sft_dist.data.prepared import prepared_folder
+    from sft_dist.data.view import view, view_left_out
     from sft_dist.files import write_text
+    from sft_dist.train.pretrained import cache_root
     from sft_dist.train.tokenizer import load_tokenizer
 
-    data = config.data
-    examples = load_examples(data.train, system=data.system, on_bad_row="drop")[0][:rows]
     tokens = load_tokenizer(config.model)
-    special, unknown = set(tokens.tokenizer.added_tokens_decoder), tokens.tokenizer.unk_token_id
-    found = []
-    # Uncut, so that what is beyond max_length is seen, too.
-    whole = tokenize(examples, tokens.tokenizer, tokens.template, max_length=2**31, loss_on=data.trained)
-    for number, (example, row) in enumerate(zip(examples, whole, strict=True), 1):
-        trained = [label != IGNORED for label in row.labels]
-        pieces = _pieces(tokens.tokenizer, row.input_ids, trained)
-        kinds = [
-            "c"
-            if place >= data.max_length
-            else "u"
-            if token == unknown
-            else "Bb"[not mark]
-            if token in special
-            else "tm"[not mark]
-            for place, (token, mark) in enumerate(zip(row.input_ids, trained, strict=True))
-        ]
-        shown = [visible(piece, spaces=True).replace("\u21b5", "\u21b5\n") for piece in pieces]
-        length = min(len(kinds), data.max_length)
-        found.append(
-            Sample(
-                number,
-                visible(example.where + (f": {row.problem}" if row.problem else "")),
-                list(zip(kinds, shown, strict=True)),
-                length,
-                sum(trained[:length]),
-                len(kinds) - length,
-                kinds.count("u"),
-            )
-        )
-    write_text(
-        path, samples_page(found, f"{len(found)} rows of {config.run.name or 'a config'}, as the model sees them")
-    )
+    try:
+        config, prepared = _prepared(config, tokens)
+    except NothingTrained as error:
+        if error.of != "data.train":
+            raise
+        lost = view_left_out(config, tokens.tokenizer, tokens.template, rows)
+        name = f"{len(lost):,} rows of {config.run.name or 'a config'}, none of which is trained on"
+        write_text(path, samples_page(lost, name, error.message.splitlines()))
+        return path
+    notes = read_notes(prepared_folder(cache_root(), prepared.ledger["key"]))
+    padding = _padding(config, prepared)
+    found = view(config, prepared, notes, tokens.tokenizer, tokens.template, rows, padding)
+    train, whole = prepared.ledger["train"], len(notes.sizes) + len(notes.left_out)
+    name = f"rows of {config.run.name or 'a config'}, as the model sees them"
+    title = f"{len(found):,} {name}" if len(found) == whole else f"{len(found):,} of {whole:,} {name}"
+    left_out = {**train["dropped_reasons"], "nothing to train on": len(notes.left_out)}
+    told = [f"{reason.replace('_', ' ')} {count:,}" for reason, count in left_out.items() if count]
+    said = [f"{train['rows_in']:,} rows read, {train['tokens']:,} tokens, {train['trained_tokens']:,} of them trained."]
+    said += [f"Left out: {', '.join(told)}."] if told else []
+    said += ["Padding: up to the longest row of the micro batch, in the first epoch."] if padding is not None else []
+    write_text(path, samples_page(found, title, said))
     return path
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[str]:
-    """Each token as text; of several tokens that make up one character the last one shows it, the others nothing."""
-    pieces: list[str] = []
-    held: list[int] = []
-    for index, token in enumerate(ids):
-        held.append(token)
-        text = tokenizer.decode(held)
-        last = index + 1 == len(ids) or trained[index + 1] != trained[index]
-        if text.endswith("\ufffd") and len(held) < 4 and not last:
-            pieces.append("")
-        else:
-            pieces.append(text)
-            held = []
-    return pieces
+def _prepared(config: Config, tokens: RunTokenizer) -> tuple[Config, Prepared]:
+    """The rows, from the cache if they are there. What is wrong with them is to be seen, so that no limit counts."""
+    from sft_dist.config.schema_data import LimitsConfig
+    from sft_dist.data.prepare import prepare
+    from sft_dist.train.pretrained import cache_root
+
+    limits = LimitsConfig(
+        max_dropped=1, max_answers_cut=1, min_end_of_turn_trained=0, max_unknown=1, max_eval_overlap=1
+    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"limits": limits})})
+    try:
+        return config, prepare(config, tokens.tokenizer, tokens.template, cache_root())
+    except DataError:
+        if config.data.on_bad_row == "drop":
+            raise
+    config = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "drop"})})
+    return config, prepare(config, tokens.tokenizer, tokens.template, cache_root())
+
+
+def _padding(config: Config, prepared: Prepared) -> Ints | None:
+    """How many tokens of padding each training row gets in the first epoch; None where rows are joined without any.
+
+    None, too, for a plan that cannot be decided on this machine, and for an order of the rows that is not ours.
+    """
+    import numpy as np
+
+    from sft_dist.parallel.machine import this_machine
+    from sft_dist.parallel.resolve import resolve, with_rows
+    from sft_dist.train.rows import EpochOrder, rows_of_whole_steps
+
+    if config.data.packing or config.train.extra.get("train_sampling_strategy", "random") != "random":
+        return None
+    try:
+        resolved = with_rows(resolve(config, this_machine()), this_machine(), prepared.ledger["train"])
+    except SftDistError:
+        return None
+    if resolved.padding_free:
+        return None
+    rows = prepared.train.data.column("input_ids")
+    lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in rows.chunks]).astype(np.int64)
+    missing = -len(lengths) % rows_of_whole_steps(resolved)
+    order = np.array(list(EpochOrder(len(lengths), missing, config.run.seed)))
+    # A row that only fills the last step has one token.
+    found = np.concatenate([lengths, np.ones(missing, dtype=np.int64)])
+    batches = found[order].reshape(-1, resolved.per_device_train_batch_size)
+    found[order] = (batches.max(axis=1, keepdims=True) - batches).ravel()
+    return found[: len(lengths)]
 
 
 def main(path: str) -> int:
@@ -128,7 +167,7 @@ def main(path: str) -> int:
     try:
         prepare_here(load_run_config(Path(path)))
     except SftDistError as error:
-        sys.stdout.write(json.dumps({"message": error.message, "hint": error.hint}) + "\n")
+        sys.stdout.write(json.dumps({"message": error.message, "hint": error.hint, "kind": error.kind}) + "\n")
         return error.exit_code
     return 0
 

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sft_dist.config.section import Count, Fraction, Positive, Section
 
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"]
 LossOn = Literal["assistant", "last", "completion", "all"]
 Role = Literal["system", "user", "assistant", "tool"]
+
+_CHAT = ("system", "tools")
+_MESSAGES = ("messages", "conversations", "role", "content", *_CHAT)
+# What `fields` may give other names to: the columns that each format reads, and those by which answers are scored.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": _MESSAGES,
+    "sharegpt": _MESSAGES,
+    "prompt_completion": ("prompt", "completion", "role", "content", *_CHAT),
+    "instruction": ("instruction", "input", "output", "response", "history", *_CHAT),
+    "question_answer": ("question", "answer", *_CHAT),
+    "text": ("text",),
+}
+SCORED_BY = ("expected", "category", "metric")
+
+
+def foreign_columns(fields: Iterable[str], data_format: DataFormat) -> str | None:
+    """What is wrong with the keys of `fields`: those that rows of `data_format` do not have; None if they have all."""
+    formats = COLUMNS if data_format == "auto" else (data_format,)
+    known = list(dict.fromkeys(column for name in formats for column in (*COLUMNS[name], *SCORED_BY)))
+    wrong = [name for name in fields if name not in known]
+    if not wrong:
+        return None
+    near = difflib.get_close_matches(wrong[0], known, n=1)
+    rows = "no format has" if data_format == "auto" else f"the format {data_format} does not have"
+    meant = f"did you mean {near[0]}?" if near else f"{{THEIR_NAME: YOUR_NAME}}; theirs: {', '.join(known)}"
+    return f"{', '.join(wrong)}: {rows} such a column; {meant}"
 
 
 class SourcePart(Section):
@@ -43,7 +71,16 @@ class SourcePart(Section):
     sample: Count | None = None
     """Use only the first so many rows."""
     weight: Positive = 1.0
-    """How often each row is taken: 2 takes every row twice, 0.5 every second one."""
+    """How often each row is taken: 2 takes every row twice, 0.5 every second one. Copies are held out together, once."""
+
+    @field_validator("fields")
+    @classmethod
+    def _columns_of_the_format(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        # A format that is wrong itself is not there, and has its own message.
+        wrong = foreign_columns(value, info.data.get("format", "auto"))
+        if wrong:
+            raise ValueError(wrong)
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourcePart:
@@ -71,7 +108,7 @@ class SourceConfig(SourcePart):
 
 
 class LimitsConfig(Section):
-    """Shares of the training rows at which preparing them fails, before a GPU is used; judged from 20 rows on."""
+    """Shares of the training rows, and of the rows of `eval`, at which preparing them fails, before a GPU is used; judged from 20 rows on."""
 
     max_dropped: Fraction = 0.5
     """Rows that cannot be used (with `on_bad_row: drop`)."""
@@ -82,9 +119,9 @@ class LimitsConfig(Section):
     max_unknown: Fraction = 0.1
     """Tokens that the vocabulary does not know."""
     max_duplicates: Fraction = 1.0
-    """Training rows that stand there more than once; 1 allows any."""
-    max_eval_overlap: Fraction = 1.0
-    """Held-out rows that also stand in the training rows; 1 allows any, with a warning."""
+    """Training rows that stand there more than once, without the copies that `weight` makes; 1 allows any."""
+    max_eval_overlap: Fraction = 0.5
+    """Held-out rows that also stand in the training rows; any are warned of, 1 allows all."""
 
 
 class DataConfig(Section):
@@ -117,3 +154,22 @@ class DataConfig(Section):
     def trained(self) -> LossOn:
         """`loss_on`, with what `assistant_only_loss` says."""
         return self.loss_on if self.assistant_only_loss else "all"
+
+
+class SetConfig(Section):
+    """Rows that both models answer, and how the answers are scored."""
+
+    name: str
+    """What the scores are called."""
+    data: SourceConfig
+    """The rows; the last assistant message, or the column `expected`, is the expected answer."""
+    metrics: tuple[str, ...] = ("exact",)
+    """The first is the one that changes are sorted by: `exact`, `contains`, `numeric`, `json`, `fields`, `label`, `rouge`, `chrf`, `bleu`, `perplexity`, or a function of yours as `module:function` (docs/evaluate.md)."""
+    labels: tuple[str, ...] = ()
+    """The possible answers, for `label`: each row's are ranked by length-normalised likelihood."""
+    system: str | None = None
+    """System message of the rows that have none; `evaluate.system` if not set."""
+    category_field: str = "category"
+    """Column by which scores are broken down, if the rows have it."""
+    max_new_tokens: Count | None = None
+    """Longest answer in tokens; `evaluate.generation.max_new_tokens` if not set."""

@@ -6,6 +6,7 @@ stands for a known number of bytes, as in the byte-level vocabularies of most ch
 
 from __future__ import annotations
 
+import functools
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sft_dist.data.pieces import Pieces, cut_at_spaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +27,7 @@ PROBES = (
     "Hello,  world\n\n  x\t\tyes   \n1234 a'b \u6771\u4eac \U0001f389\u200d \u00e9e\u0301 end ",
     "   leading",
     "trailing   ",
+    " a \n  b\t c 12  3 .  d\u3000 e \n\n f\r\n g  ",
 )
 
 
@@ -43,17 +47,22 @@ class Encoded:
 
     def between(self, first: int, last: int) -> tuple[int, int]:
         """The tokens (from, to) of which the first and the last share a character with text[first:last]."""
-        first, last = self._place(first), self._place(last)
-        filled = np.flatnonzero(self.ends > self.starts)
-        begin = int(np.searchsorted(self.ends[filled], first, side="right"))
-        end = int(np.searchsorted(self.starts[filled], last, side="left"))
+        filled, starts, ends = self._filled
+        begin = int(ends.searchsorted(self._place(first), side="right"))
+        end = int(starts.searchsorted(self._place(last), side="left"))
         return (int(filled[begin]), int(filled[end - 1]) + 1) if begin < end else (0, 0)
 
     def before(self, first: int) -> int:
         """How many tokens stand before text[first:], if one ends there."""
-        filled = np.flatnonzero(self.ends > self.starts)
-        count = int(np.searchsorted(self.ends[filled], self._place(first), side="right"))
+        filled, _, ends = self._filled
+        count = int(ends.searchsorted(self._place(first), side="right"))
         return int(filled[count - 1]) + 1 if count else 0
+
+    @functools.cached_property
+    def _filled(self) -> tuple[Ints, Ints, Ints]:
+        """The tokens whose range is not empty, and where these ranges start and end."""
+        filled = np.flatnonzero(self.ends > self.starts)
+        return filled, self.starts[filled], self.ends[filled]
 
     def _place(self, character: int) -> int:
         return len(self.text[:character].encode()) if self.in_bytes and not self.text.isascii() else character
@@ -92,6 +101,11 @@ class Encoder:
             self.backend.no_truncation()
             self.backend.no_padding()
             self._bytes = self._token_bytes()
+        self._pieces: Pieces | None = None
+        if self._bytes is not None and cut_at_spaces(self.backend, tokenizer.added_tokens_decoder.values()):
+            pieces = Pieces(self.backend, self._bytes[0])
+            if all(pieces.encode([text])[0].tolist() == self._batch([text], False)[0].ids for text in PROBES):
+                self._pieces = pieces
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Encoded | EncodedWithoutPlaces]:
         """Each text's tokens."""
@@ -100,8 +114,12 @@ class Encoder:
         if self._bytes is None or add_special_tokens:
             batch = self._batch(texts, add_special_tokens)
             return [_from_offsets(text, one) for text, one in zip(texts, batch, strict=True)]
-        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._summed(text, np.array(one.ids, dtype=np.int64)) for text, one in zip(texts, batch, strict=True)]
+        if self._pieces is not None:
+            found = self._pieces.encode(texts)
+        else:
+            batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = [np.array(one.ids, dtype=np.int64) for one in batch]
+        return [self._summed(text, ids) for text, ids in zip(texts, found, strict=True)]
 
     def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """One text's tokens without their places."""
@@ -165,6 +183,24 @@ class Encoder:
             return self.ids(part, add_special_tokens=add_special_tokens)
 
         return EncodedWithoutPlaces(text, np.array(prefix(text), dtype=np.int64), prefix)
+
+
+def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token for text that the vocabulary lacks; None if it lacks none, or if that token also begins or ends texts.
+
+    GPT-2's vocabulary knows every byte, and its `unk_token` is the token that ends a text. A padding token that is the same one
+    changes nothing: rows hold no padding yet.
+    """
+    token: int | None = tokenizer.unk_token_id
+    if token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (_settings(backend.decoder) or {}).get("type") == "ByteLevel":
+        from tokenizers import pre_tokenizers
+
+        if set(pre_tokenizers.ByteLevel.alphabet()) <= tokenizer.get_vocab().keys():
+            return None
+    return token
 
 
 def _settings(part: Any) -> Any:

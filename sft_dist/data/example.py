@@ -16,7 +16,8 @@ class Example:
     """One row, normalised. Chat rows have `messages`; plain text rows have `prompt` and `completion`."""
 
     messages: tuple[Message, ...] = ()
-    """{"role": system|user|assistant|tool, "content": text, ...}, ending with the assistant."""
+    """{"role": system|user|assistant|tool, "content": text, ...}, ending with the assistant. A message that is not to be
+    trained has `train` False, one whose tokens count other than once a `weight`."""
     prompt: str | None = None
     """Plain text before the completion; no chat template is applied to it. "" if the row is nothing but text."""
     completion: str | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_dist.config.schema import DataFormat
 from sft_dist.data.example import Example, RowFormat, expected_answer, prompt_messages
-from sft_dist.data.messages import Failure, check_order, conversation, kind, parsed, shown_keys, text
+from sft_dist.data.messages import Failure, check_order, conversation, kind, parsed, shown_keys, text, without_nulls
 from sft_dist.errors import DataError
 
 __all__ = ["Example", "RowFormat", "expected_answer", "prompt_messages"]
@@ -24,6 +24,12 @@ RIGHT_ROWS = {
 RIGHT_CHAT_PAIR = (
     '{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello!"}]}'
 )
+# Names in `fields` for keys inside a message, not for columns.
+IN_MESSAGES = ("role", "content")
+# Two names for one thing, of which a format takes the one that is there.
+OTHER_NAME = {"messages": "conversations", "conversations": "messages", "output": "response", "response": "output"}
+# Columns that hold objects of which a chat template gets all.
+NESTED = ("messages", "conversations", "prompt", "completion", "tools")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
@@ -53,15 +59,20 @@ def detect_format(record: Any, where: str = "the first row", columns: Mapping[st
     raise DataError(f"{where}: the format cannot be told from its keys ({shown_keys(record)})", hint=hint)
 
 
-def parse_row(record: Any, data_format: DataFormat | RowFormat, where: str, system: str | None = None) -> Example:
+def parse_row(
+    record: Any, data_format: DataFormat | RowFormat, where: str, system: str | None = None, *, table: bool = False
+) -> Example:
     """`record` as an Example; a system message is put before a conversation that has none.
 
+    In a row of a `table` null in messages and tools stands for what this row does not have; elsewhere it is what it says.
     Raises DataError with `where`, what is wrong, and a right row as its hint; its `reason` says which kind of wrong.
     """
     how = data_format if isinstance(data_format, RowFormat) else RowFormat(data_format, system=system)
     if not isinstance(record, Mapping):
         raise _not_an_object(record, where)
     row = _renamed(record, how.columns)
+    if table:
+        row = {key: without_nulls(value) if key in NESTED else value for key, value in row.items()}
     name = detect_format(record, where, how.columns) if how.name == "auto" else how.name
     fail = functools.partial(_bad_row, where, RIGHT_ROWS[name])
     made = _READERS[name](row, how, fail)
@@ -89,13 +100,13 @@ def parse_row(record: Any, data_format: DataFormat | RowFormat, where: str, syst
 
 def _messages(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Example:
     key = "messages" if "messages" in record else "conversations" if "conversations" in record else "messages"
-    return _chat(_need(record, key, fail), key, fail, how.roles, how.columns)
+    return _chat(_need(record, key, how, fail), key, fail, how.roles, how.columns)
 
 
 def _sharegpt(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Example:
     key = "messages" if "messages" in record else "conversations"
     names = {"role": "from", "content": "value", **how.columns}
-    return _chat(_need(record, key, fail), key, fail, {**SHAREGPT_ROLES, **how.roles}, names)
+    return _chat(_need(record, key, how, fail), key, fail, {**SHAREGPT_ROLES, **how.roles}, names)
 
 
 def _chat(value: Any, key: str, fail: Failure, roles: Mapping[str, str], names: Mapping[str, str]) -> Example:
@@ -106,7 +117,7 @@ def _chat(value: Any, key: str, fail: Failure, roles: Mapping[str, str], names: 
 
 def _prompt_completion(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Example:
     used: dict[str, Any] = {"prompt": None, "completion": None}
-    before, after = _need(record, "prompt", fail), _need(record, "completion", fail)
+    before, after = _need(record, "prompt", how, fail), _need(record, "completion", how, fail)
     if isinstance(before, str) and isinstance(after, str):
         prompt, completion = _filled(before, "prompt", fail), _filled(after, "completion", fail, "empty_answer")
         return Example(prompt=prompt, completion=completion, fields=used)
@@ -127,7 +138,7 @@ def _prompt_completion(record: Mapping[str, Any], how: RowFormat, fail: Failure)
 
 
 def _instruction(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Example:
-    question = _filled(_need(record, "instruction", fail), "instruction", fail)
+    question = _filled(_need(record, "instruction", how, fail), "instruction", fail)
     extra = record.get("input")
     if extra is not None and text(extra, "input", fail).strip():
         question = f"{question}\n\n{extra}"
@@ -144,7 +155,12 @@ def _instruction(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Ex
 def _history(value: Any, fail: Failure) -> list[tuple[str, str]]:
     """The earlier turns of an Alpaca row: pairs of question and answer."""
     turns = []
-    for index, pair in enumerate(parsed(value) or ()):
+    pairs = parsed(value)
+    if pairs is None or pairs == "":
+        return []
+    if not isinstance(pairs, (list, tuple)):
+        raise fail(f"history is {kind(pairs)}, not a list of pairs of question and answer")
+    for index, pair in enumerate(pairs):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise fail(f"history[{index}] is no pair of question and answer")
         question = _filled(pair[0], f"history[{index}][0]", fail)
@@ -153,13 +169,13 @@ def _history(value: Any, fail: Failure) -> list[tuple[str, str]]:
 
 
 def _question_answer(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Example:
-    question = _filled(_need(record, "question", fail), "question", fail)
-    answer = _filled(_need(record, "answer", fail), "answer", fail, "empty_answer")
+    question = _filled(_need(record, "question", how, fail), "question", fail)
+    answer = _filled(_need(record, "answer", how, fail), "answer", fail, "empty_answer")
     return _turns([(question, answer)], ("question", "answer"))
 
 
 def _text(record: Mapping[str, Any], how: RowFormat, fail: Failure) -> Example:
-    whole = _filled(_need(record, "text", fail), "text", fail, "empty_answer")
+    whole = _filled(_need(record, "text", how, fail), "text", fail, "empty_answer")
     return Example(prompt="", completion=whole, fields={"text": None})
 
 
@@ -183,9 +199,13 @@ _READERS: dict[str, Callable[[Mapping[str, Any], RowFormat, Failure], Example]] 
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """`record` under the format's names of columns."""
-    given = {theirs: ours for ours, theirs in columns.items() if theirs in record}
-    return {given.get(key, key): value for key, value in record.items()} if given else record
+    """`record` under the format's names of columns; what the row itself calls so is another thing, and left out."""
+    mapped = {ours: theirs for ours, theirs in columns.items() if ours not in IN_MESSAGES}
+    if not mapped:
+        return record
+    away = {*mapped, *mapped.values(), *(OTHER_NAME[key] for key in mapped if key in OTHER_NAME)}
+    others = {key: value for key, value in record.items() if key not in away}
+    return {**others, **{ours: record[theirs] for ours, theirs in mapped.items() if theirs in record}}
 
 
 def _tools(value: Any, fail: Failure) -> tuple[Any, ...]:
@@ -197,11 +217,14 @@ def _tools(value: Any, fail: Failure) -> tuple[Any, ...]:
     return tuple(dict(tool) for tool in tools)
 
 
-def _need(record: Mapping[str, Any], key: str, fail: Failure) -> Any:
+def _need(record: Mapping[str, Any], key: str, how: RowFormat, fail: Failure) -> Any:
+    theirs = how.columns.get(key, key)
+    called = key if theirs == key else f"{theirs} (fields.{key})"
     if key not in record:
-        raise fail(f'has no "{key}" (its keys: {shown_keys(record)})')
+        mapped = "" if theirs == key else f", which fields gives as {key}"
+        raise fail(f'has no "{theirs}"{mapped} (its keys: {shown_keys(record)})')
     if record[key] is None:
-        raise fail(f"{key} is null", "no_answer" if key in ("completion", "answer") else "wrong_format")
+        raise fail(f"{called} is null", "no_answer" if key in ("completion", "answer") else "wrong_format")
     return record[key]
 
 

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Raised when the same rows become other tokens or labels; a new release alone refuses no run that goes on.
-FORMAT = "2"
+FORMAT = "4"
+# The same for the rows that documents are packed into.
+PACKING = "2"
+# The same for the rows that are held out, where a weight makes copies.
+COPIES = "2"
 # A file that changed within so many seconds may change again without its time showing it.
 SETTLED_S = 5.0
 
@@ -37,6 +41,10 @@ def data_key(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatT
     data = config.data
     parts: list[Any] = [FORMAT, data.model_dump(mode="json", exclude={"train", "eval", "limits"})]
     parts.append(config.run.seed if data.eval_size else None)
+    parts += [["packing", PACKING]] if data.packing else []
+    # Copies that a weight makes were held out one by one before.
+    copied = data.eval_size and any(part.weight > 1 for part in data.train.parts)
+    parts += [["copies", COPIES]] if copied else []
     parts += [_tokenizer(tokenizer), template.training_text, template.has_markers]
     for split, source in (("train", data.train), ("eval", data.eval)):
         parts.append([split, None if source is None else _source(source, cache)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import io
 import itertools
 import json
@@ -16,6 +17,8 @@ PIECE = 2**20
 # Of one line, but a file in another encoding is no matter of one row.
 NOT_UTF8 = "not_utf8"
 WHITE = " \t\r\n"
+# And nothing, which is what stands behind the last sign.
+NUMBER = ("", *"0123456789.eE+-")
 
 
 class Row(NamedTuple):
@@ -25,6 +28,8 @@ class Row(NamedTuple):
     """What stands before the number in messages: `rows.jsonl:` or `rows.json: row `."""
     number: int
     record: Any
+    table: bool = False
+    """Whether it is of a table, where objects of one column share their keys: null stands for those that one lacks."""
 
 
 def read_line(where: str, line: bytes) -> Any:
@@ -77,34 +82,54 @@ def json_rows(stream: BinaryIO, start: bytes, name: str, reopen: Callable[[], Bi
 
     `start` is how the content begins. Raises DataError if it is none of these.
     """
-    if start.startswith(b"["):
-        taken = 0
+    if start.startswith(b"{") and _holds_lines(reopen):
+        yield from jsonl_rows(stream, name)
+        return
+    taken = 0
+    try:
+        for taken, record in enumerate(_items(stream), 1):
+            yield Row(f"{name}: row ", taken, record)
+    except _NotInOne:
+        # The parser of whole files says best what is wrong, and where.
+        with reopen() as again:
+            text = decode(again.read(), name)
+        yield from itertools.islice(_whole_json_rows(text, name, bool(taken)), taken, None)
+
+
+def _holds_lines(reopen: Callable[[], BinaryIO]) -> bool:
+    """Whether the first line is an object and more follows. A file in one line is not taken into memory for that."""
+    with reopen() as stream:
+        before = length = 0
+        while piece := stream.readline(PIECE):
+            length += len(piece)
+            if length == len(piece) and not piece.removeprefix(codecs.BOM_UTF8).strip():
+                before, length = before + length, 0
+            elif piece.endswith(b"\n"):
+                break
+        if not any(piece.strip() for piece in iter(functools.partial(stream.readline, PIECE), b"")):
+            return False
+    with reopen() as stream:
+        stream.read(before)
         try:
-            for taken, record in enumerate(_array(stream, name), 1):
-                yield Row(f"{name}: row ", taken, record)
-            return
-        except _NotAnArray:
-            # The parser of whole files says best what is wrong, and where.
-            with reopen() as again:
-                text = decode(again.read(), name)
-    else:
-        taken, text = 0, decode(stream.read(), name)
-    yield from itertools.islice(_whole_json_rows(text, name), taken, None)
+            return isinstance(json.loads(stream.read(length).decode("utf-8-sig")), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
-def _whole_json_rows(text: str, name: str) -> Iterator[Row]:
+def _whole_json_rows(text: str, name: str, begun: bool) -> Iterator[Row]:
+    """The rows of what could not be read piece by piece; of lines only if no row has been taken of it as one value."""
     if not text.strip():
         return
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and not begun:
             yield from jsonl_rows(io.BytesIO(text.encode()), name)
             return
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{name}{line}: {_not_json(error)}", hint='a right file: [{"messages": [...]}, ...]') from error
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
+    if isinstance(value, dict) and begun:
+        raise DataError(f'{name} holds "data" more than once', hint="join the lists, or write a file for each")
     if not isinstance(value, list):
         raise DataError(
             f'{name} holds one JSON {"object" if isinstance(value, dict) else "value"} without a list "data"',
@@ -114,64 +139,103 @@ def _whole_json_rows(text: str, name: str) -> Iterator[Row]:
         yield Row(f"{name}: row ", number, record)
 
 
-class _NotAnArray(Exception):
-    """A file that begins like a JSON array and is none."""
+class _NotInOne(Exception):
+    """What is neither a JSON array nor an object with an array "data"."""
 
 
-def _array(stream: BinaryIO, name: str) -> Iterator[Any]:
-    """The items of a JSON array, read piece by piece. Raises _NotAnArray where it is not one."""
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    text, at, ended, first = "", 0, False, True
+def _items(stream: BinaryIO) -> Iterator[Any]:
+    """The items of a JSON array, or of the array "data" of an object, read piece by piece. Raises _NotInOne."""
+    text = _Pieces(stream)
+    yield from text.items() if text.sign() == "[" else text.data()
+    text.end()
 
-    def more() -> bool:
-        nonlocal text, at, ended
+
+class _Pieces:
+    """JSON text of which only the value that is being read is in memory. Each method raises _NotInOne at what is not JSON."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.utf8 = stream, codecs.getincrementaldecoder("utf-8-sig")()
+        self.decoder = json.JSONDecoder()
+        self.text, self.at = "", 0
+
+    def more(self) -> bool:
+        """Read on; False at the end."""
         # Twice as much each time, so that a long item is not begun again for every piece.
-        piece = stream.read(max(PIECE, len(text) - at))
-        ended = not piece
+        piece = self.stream.read(max(PIECE, len(self.text) - self.at))
         try:
-            text, at = text[at:] + utf8.decode(piece, final=ended), 0
+            self.text, self.at = self.text[self.at :] + self.utf8.decode(piece, final=not piece), 0
         except UnicodeDecodeError as error:
-            raise _NotAnArray from error
-        return not ended
+            raise _NotInOne from error
+        return bool(piece)
 
-    def next_sign() -> str:
-        nonlocal at
+    def sign(self) -> str:
+        """The next character that is not white, not yet taken."""
         while True:
-            while at < len(text) and text[at] in WHITE:
-                at += 1
-            if at < len(text):
-                return text[at]
-            if not more():
-                raise _NotAnArray
+            while self.at < len(self.text) and self.text[self.at] in WHITE:
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                raise _NotInOne
 
-    if next_sign() != "[":
-        raise _NotAnArray
-    at += 1
-    while next_sign() != "]":
-        if not first:
-            if text[at] != ",":
-                raise _NotAnArray
-            at += 1
-            next_sign()
+    def take(self, sign: str) -> None:
+        if self.sign() != sign:
+            raise _NotInOne
+        self.at += 1
+
+    def value(self) -> Any:
+        self.sign()
         while True:
             try:
-                item, end = decoder.raw_decode(text, at)
+                value, end = self.decoder.raw_decode(self.text, self.at)
             except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or not more():
-                    raise _NotAnArray from error
+                if isinstance(error, RecursionError) or not self.more():
+                    raise _NotInOne from error
                 continue
             # A number at the end of what was read may go on in the next piece.
-            if end < len(text) or not more():
-                break
-        at, first = end, False
-        yield item
-    rest = text[at + 1 :]
-    while rest.strip() == "" and not ended:
-        at = len(text)
-        more()
-        rest = text
-    if rest.strip():
-        raise _NotAnArray
+            if self.text[end : end + 1] not in NUMBER or not self.more():
+                self.at = min(end, len(self.text))
+                return value
+
+    def items(self) -> Iterator[Any]:
+        """The items of the array that begins here."""
+        self.take("[")
+        first = True
+        while self.sign() != "]":
+            if not first:
+                self.take(",")
+            first = False
+            yield self.value()
+        self.at += 1
+
+    def data(self) -> Iterator[Any]:
+        """The items of "data" in the object that begins here; what else it holds is passed over."""
+        self.take("{")
+        keys: list[str] = []
+        while self.sign() != "}":
+            if keys:
+                self.take(",")
+            if self.sign() != '"':
+                raise _NotInOne
+            keys.append(self.value())
+            self.take(":")
+            if keys[-1] == "data" and self.sign() == "[" and keys.count("data") == 1:
+                yield from self.items()
+            else:
+                self.value()
+                if keys[-1] == "data":
+                    raise _NotInOne
+        self.at += 1
+        if "data" not in keys:
+            raise _NotInOne
+
+    def end(self) -> None:
+        """Only white may follow."""
+        while not self.text[self.at :].strip(WHITE):
+            self.at = len(self.text)
+            if not self.more():
+                return
+        raise _NotInOne
 
 
 def _not_json(error: Exception) -> str:

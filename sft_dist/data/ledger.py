@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.config.schema import Config, SourceConfig
+from sft_dist.data.held_out import Chosen
 from sft_dist.data.packing import fill
 from sft_dist.data.shards import Shard
 
@@ -21,51 +22,51 @@ COUNTED = {
     "dropped_answer_cut_off": "cut_off",
     "truncated_rows": "truncated_rows",
     "truncated_tokens": "truncated_tokens",
+    "weighted_rows": "weighted_rows",
 }
+Ints = NDArray[np.int64]
 
 
 def split_ledger(
-    config: Config,
-    source: SourceConfig,
-    shards: Sequence[Shard],
-    chosen: NDArray[np.int64],
-    rows: Sequence[NDArray[np.int64]] | None,
-    *,
-    part_of_train: bool = False,
+    config: Config, source: SourceConfig, shards: Sequence[Shard], chosen: Chosen, rows: Sequence[Ints] | None
 ) -> dict[str, Any]:
-    """The numbers of one split: of its sources' rows, and of the documents and rows that came of them.
+    """The numbers of the rows of `source`, and of the documents and rows that came of them: in all, then by source.
 
-    What happened before the documents were chosen stands with the training rows, where those held out are `part_of_train`.
+    tokens_in = tokens + truncated_tokens + lost_tokens + held_out_tokens.
     """
-    counts = [] if part_of_train else [shard.counts for shard in shards]
-    every = np.concatenate([shard.lengths for shard in shards])
-    documents = every[chosen].astype(np.int64)
-    trained = np.concatenate([shard.trained for shard in shards])[chosen]
-    lengths = documents if rows is None else np.array([int(every[row].sum()) for row in rows])
+    documents = np.concatenate([shard.lengths for shard in shards]).astype(np.int64)
+    lengths = documents[chosen.train] if rows is None else np.array([int(documents[row].sum()) for row in rows])
     found: dict[str, Any] = {
-        "rows_in": len(chosen) if part_of_train else _total(counts, "rows_in"),
+        **_rows_in([shard.counts for shard in shards]),
         "rows": len(lengths),
-        "dropped_bad_rows": sum(_bad(counts).values()),
-        **{name: _total(counts, counted) for name, counted in COUNTED.items()},
         "longest_row": int(lengths.max()),
         "spread": round(float(np.std(lengths)), 2),
-        "tokens": int(lengths.sum()),
-        "trained_tokens": int(trained.sum()),
-        "length_percentiles": {
-            str(share): int(value)
-            for share, value in zip(PERCENTILES, np.percentile(documents, PERCENTILES, method="lower"), strict=True)
-        },
-        "duplicates": len(chosen) - len(np.unique(hashes(shards, chosen))),
+        **_documents(shards, chosen, np.ones(len(documents), dtype=bool)),
     }
     if rows is not None:
-        found |= {"documents": len(chosen), "packing_fill": round(fill(documents, rows, config.data.max_length), 4)}
-    if not part_of_train:
-        found |= _trust(counts, int(every.sum()))
-        found["sources"] = [_source_ledger(source, shards, index) for index in range(len(source.parts))]
+        filled = round(fill(documents[chosen.train], rows, config.data.max_length), 4)
+        found |= {"documents": len(chosen.train), "packing_fill": filled}
+    of = np.repeat([shard.counts["source"] for shard in shards], [len(shard.lengths) for shard in shards])
+    found["sources"] = [
+        _source_ledger(source, shards, chosen, of == index, index) for index in range(len(source.parts))
+    ]
     return found
 
 
-def hashes(shards: Sequence[Shard], chosen: NDArray[np.int64]) -> NDArray[np.uint64]:
+def held_out_ledger(shards: Sequence[Shard], chosen: Chosen) -> dict[str, Any]:
+    """The numbers of the documents that are held out. What happened before they were drawn stands with the training rows."""
+    drawn = chosen.held_out if chosen.held_out is not None else np.zeros(0, dtype=np.int64)
+    lengths = np.concatenate([shard.lengths for shard in shards])[drawn].astype(np.int64)
+    return {
+        "rows_in": len(drawn),
+        "rows": len(drawn),
+        "longest_row": int(lengths.max()),
+        "spread": round(float(np.std(lengths)), 2),
+        **_documents(shards, Chosen(drawn, None, chosen.once), np.ones(len(chosen.once), dtype=bool)),
+    }
+
+
+def hashes(shards: Sequence[Shard], chosen: Ints) -> NDArray[np.uint64]:
     """A hash of each chosen document's tokens and labels."""
     found: NDArray[np.uint64] = np.concatenate([shard.hashes for shard in shards])[chosen]
     return found
@@ -76,40 +77,68 @@ def overlap(train: NDArray[np.uint64], held_out: NDArray[np.uint64]) -> int:
     return int(np.isin(held_out, train).sum())
 
 
-def _trust(counts: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    usable, turns, unknown = (_total(counts, name) for name in ("usable", "turns", "unknown_tokens"))
-    texts: collections.Counter[str] = collections.Counter()
-    for one in counts:
-        texts.update(one["unknown"])
+def _rows_in(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was counted row by row, before any was held out."""
+    bad = _sums(counts, "bad")
+    usable, turns, unknown, tokens = (_total(counts, it) for it in ("usable", "turns", "unknown_tokens", "tokens_in"))
+    lost = _total(counts, "answers_cut") + _total(counts, "cut_off")
+    dropped = sum(bad.values()) + _total(counts, "refused") + _total(counts, "empty")
     return {
-        "dropped_reasons": dict(sorted(_bad(counts).items())),
-        "dropped_share": _share(
-            sum(_bad(counts).values()) + _total(counts, "refused") + _total(counts, "empty"), _total(counts, "rows_in")
-        ),
-        "answers_cut_or_lost": _total(counts, "answers_cut") + _total(counts, "cut_off"),
-        "answers_cut_or_lost_share": _share(_total(counts, "answers_cut") + _total(counts, "cut_off"), usable),
+        "rows_in": _total(counts, "rows_in"),
+        "dropped_bad_rows": sum(bad.values()),
+        "dropped_reasons": dict(sorted(bad.items())),
+        "dropped_share": _share(dropped, _total(counts, "rows_in")),
+        **{name: _total(counts, counted) for name, counted in COUNTED.items()},
+        "answers_cut_or_lost": lost,
+        "answers_cut_or_lost_share": _share(lost, usable),
         "turns": turns,
         "end_of_turn_trained_share": _share(_total(counts, "turns_ended"), turns, empty=1.0),
         "doubled_bos_removed": _total(counts, "doubled_bos"),
         "unknown_tokens": unknown,
-        "unknown_share": _share(unknown, tokens + _total(counts, "truncated_tokens")),
-        "unknown_texts": dict(texts.most_common(20)),
+        "unknown_share": _share(unknown, tokens),
+        "unknown_texts": dict(_sums(counts, "unknown").most_common(20)),
+        "tokens_in": tokens,
+        "lost_tokens": _total(counts, "lost_tokens"),
     }
 
 
-def _source_ledger(source: SourceConfig, shards: Sequence[Shard], index: int) -> dict[str, Any]:
+def _documents(shards: Sequence[Shard], chosen: Chosen, mine: NDArray[np.bool_]) -> dict[str, Any]:
+    """The numbers of those of `mine` that are chosen."""
+    train = chosen.train[mine[chosen.train]]
+    lengths = np.concatenate([shard.lengths for shard in shards]).astype(np.int64)
+    trained = np.concatenate([shard.trained for shard in shards])
+    # Copies that a weight makes are wanted.
+    once = train[chosen.once[train]]
+    duplicates = len(once) - len(np.unique(hashes(shards, once)))
+    percentiles = np.percentile(lengths[train], PERCENTILES, method="lower") if len(train) else ()
+    found = {
+        "tokens": int(lengths[train].sum()),
+        "trained_tokens": int(trained[train].sum()),
+        "length_percentiles": {str(share): int(it) for share, it in zip(PERCENTILES, percentiles, strict=False)},
+        "duplicates": duplicates,
+        "duplicates_share": _share(duplicates, len(once)),
+    }
+    if any(shard.weights is not None for shard in shards):
+        weights = np.concatenate([shard.trained if shard.weights is None else shard.weights for shard in shards])
+        found["trained_weight"] = round(float(weights[train].sum()), 3)
+    if chosen.held_out is not None:
+        out = mine.copy()
+        out[chosen.train] = False
+        found |= {"held_out_documents": int(out.sum()), "held_out_tokens": int(lengths[out].sum())}
+    return found
+
+
+def _source_ledger(
+    source: SourceConfig, shards: Sequence[Shard], chosen: Chosen, mine: NDArray[np.bool_], index: int
+) -> dict[str, Any]:
     part = source.parts[index]
-    own = [shard for shard in shards if shard.counts["source"] == index]
-    counts = [shard.counts for shard in own]
+    counts = [shard.counts for shard in shards if shard.counts["source"] == index]
     return {
         "source": part.path or f"task {part.task}",
         "format": counts[0]["format"],
-        "rows_in": _total(counts, "rows_in"),
-        "documents": sum(len(shard.lengths) for shard in own),
-        "dropped_reasons": dict(sorted(_bad(counts).items())),
-        **{name: _total(counts, counted) for name, counted in COUNTED.items()},
-        "tokens": sum(int(shard.lengths.sum()) for shard in own),
-        "trained_tokens": sum(int(shard.trained.sum()) for shard in own),
+        **_rows_in(counts),
+        "documents": int(mine[chosen.train].sum()),
+        **_documents(shards, chosen, mine),
     }
 
 
@@ -117,10 +146,10 @@ def _total(counts: Sequence[dict[str, Any]], name: str) -> int:
     return sum(int(one[name]) for one in counts)
 
 
-def _bad(counts: Sequence[dict[str, Any]]) -> collections.Counter[str]:
+def _sums(counts: Sequence[dict[str, Any]], name: str) -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
     for one in counts:
-        found.update(one["bad"])
+        found.update(one[name])
     return found
 
 

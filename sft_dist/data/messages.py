@@ -27,6 +27,8 @@ OTHER_ROLES = {
 # Passed on to the chat template, which must know them.
 REASONING = ("reasoning_content", "thinking")
 PASSED_ON = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
+# A message that counts more than so often is a slip: a weight is a share or a small factor.
+MAX_WEIGHT = 1000
 
 Failure = Callable[..., DataError]
 
@@ -87,9 +89,16 @@ def parsed(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without the keys that are null, at every depth. Items of lists stay: a table fills up objects, not lists."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def kind(value: Any) -> str:
@@ -133,8 +142,11 @@ def _message(item: Any, label: str, fail: Failure, roles: Mapping[str, str], nam
     for key in PASSED_ON.get(role, ()):
         if item.get(key) not in (None, ""):
             message[key] = text(item[key], f"{label} ({role}).{key}", fail)
-    if not _trained(item, label, fail):
+    weight = _weight(item, label, fail)
+    if weight == 0:
         message["train"] = False
+    elif weight != 1:
+        message["weight"] = weight
     return message
 
 
@@ -150,14 +162,15 @@ def _role(said: Any, label: str, fail: Failure, roles: Mapping[str, str]) -> str
     raise fail(f"{label} has the unknown role {cut(repr(said))}{guess} (roles: {known})", "unknown_role")
 
 
-def _trained(item: Mapping[str, Any], label: str, fail: Failure) -> bool:
-    """Whether a message is trained, as far as `train` and `weight` in it say."""
+def _weight(item: Mapping[str, Any], label: str, fail: Failure) -> float:
+    """How much each token of a message counts in the loss, as far as `train` and `weight` in it say; 0: not at all."""
     train, weight = item.get("train"), item.get("weight")
     if train is not None and not isinstance(train, bool):
         raise fail(f"{label}.train is {kind(train)}, not true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise fail(f"{label}.weight is {cut(repr(weight))}; it is 1 (trained) or 0 (not)")
-    return train is not False and weight != 0
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 <= weight <= MAX_WEIGHT):
+        raise fail(f"{label}.weight is {cut(repr(weight))}; it is a number from 0 (not trained) to {MAX_WEIGHT}")
+    return 0.0 if train is False else 1.0 if weight is None else float(weight)
 
 
 def _content(value: Any, label: str, fail: Failure) -> str:
@@ -186,12 +199,10 @@ def _calls(value: Any, label: str, fail: Failure) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise fail(f"{label} has a tool call without the name of a function", "wrong_tool_call")
-        spelled = function.get("arguments", {})
-        arguments = parsed(spelled)
+        arguments = parsed(function.get("arguments", {}))
         if not isinstance(arguments, Mapping):
             raise fail(f"{label} calls {cut(function['name'])} with arguments that are no object", "wrong_tool_call")
         identity = {"id": str(call["id"])} if call.get("id") else {}
-        # Tables hold the arguments of all calls in one set of columns: those that a call lacks are null there.
-        given = {str(name): item for name, item in arguments.items() if item is not None or spelled is not arguments}
+        given = {str(name): item for name, item in arguments.items()}
         calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": given}})
     return calls

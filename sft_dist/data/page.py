@@ -13,22 +13,30 @@ from importlib import resources
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
+# How a token is shown, and its text.
+Token = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One row: its tokens as (kind, text), and the numbers by which it is found.
 
-    Kinds: t trained, m masked, b a boundary (special token), B one that is trained, c beyond max_length, u unknown.
+    Kinds: t trained, m masked, b a boundary (special token), B one that is trained, c beyond max_length, u unknown. And
+    what is no token of the row: p padding, d where a document begins, x the weight of the trained tokens that follow.
     """
 
     number: int
     where: str
-    tokens: Sequence[tuple[str, str]]
+    tokens: Sequence[Token]
     length: int
     """Tokens within max_length."""
     trained: int
     cut: int
     """Tokens beyond it."""
     unknown: int
+    padding: int = 0
+    """Tokens that fill it up to the longest row of its micro batch."""
+    documents: int = 1
 
     @property
     def share(self) -> float:
@@ -42,8 +50,8 @@ class Sample:
         return self.cut / whole + self.unknown / whole + (self.trained == 0) + 0.1 * (1 - self.share)
 
 
-def samples_page(samples: Sequence[Sample], title: str) -> str:
-    """The page as HTML; nothing in it is fetched, and no text of a row is markup."""
+def samples_page(samples: Sequence[Sample], title: str, notes: Sequence[str] = ()) -> str:
+    """The page as HTML, `notes` below its title; nothing in it is fetched, and no text of a row is markup."""
     import jinja2
 
     rows = [{**asdict(one), "share": round(one.share, 4), "badness": round(one.badness, 4)} for one in samples]
@@ -58,6 +66,8 @@ def samples_page(samples: Sequence[Sample], title: str) -> str:
 
     page: str = template.render(
         title=title,
+        notes=notes,
+        padded=any(one.padding for one in samples),
         style=Markup(style),
         script=Markup(script),
         data=Markup(data),

@@ -21,8 +21,10 @@ KINDS = {
 }
 PACKED = (".gz", ".zst")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
-# Files that `save_to_disk` of datasets leaves in a folder: of one split, of several.
-SAVED, SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
+# Files that `save_to_disk` of datasets leaves in a folder: both of one split, the last of several.
+SAVED, SAVED_SPLITS = ("dataset_info.json", "state.json"), "dataset_dict.json"
+# What is said about data, not data. Data folders of other trainers hold a dataset_info.json of their own.
+ABOUT = ("dataset_info.json", "dataset_infos.json", SAVED_SPLITS)
 
 
 def source_files(name: str) -> list[Path] | None:
@@ -47,7 +49,7 @@ def source_files(name: str) -> list[Path] | None:
 
 def is_saved(path: Path) -> bool:
     """Whether `path` is a folder that `save_to_disk` of datasets made."""
-    return (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()
+    return all((path / name).is_file() for name in SAVED) or (path / SAVED_SPLITS).is_file()
 
 
 def kind_of(path: Path) -> str | None:
@@ -71,10 +73,14 @@ def nearby(path: Path) -> str:
     return f"data files in {folder}: {', '.join(data[:8])}" if data else f"there are no data files in {folder}"
 
 
+def _about(path: Path) -> bool:
+    return path.name in ABOUT or (path.name in SAVED and is_saved(path.parent))
+
+
 def _known(paths: list[Path], name: str, folder: Path) -> list[Path]:
-    """The files among `paths` whose endings are known, none of them hidden."""
+    """The files among `paths` whose endings are known, none of them hidden or about data only."""
     visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    files = [path for path in visible if path.is_file() and kind_of(path)]
+    files = [path for path in visible if path.is_file() and kind_of(path) and not _about(path)]
     if not files:
         raise DataError(
             f"{name} holds no data files",

@@ -10,25 +10,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
-import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sft_dist.config.schema import Config, SourceConfig
 from sft_dist.data.assemble import link_shards, pack, write_rows
+from sft_dist.data.held_out import choose, every_document
 from sft_dist.data.identity import data_key
-from sft_dist.data.ledger import hashes, overlap, split_ledger
+from sft_dist.data.json_rows import Row
+from sft_dist.data.ledger import hashes, held_out_ledger, overlap, split_ledger
+from sft_dist.data.notes import write_notes
+from sft_dist.data.nothing import NothingTrained
 from sft_dist.data.prepared import LEDGER, Prepared, check_limits, open_prepared, prepared_folder
 from sft_dist.data.shards import Chunk, Shard, ShardMaker, read_shard, shard_path
 from sft_dist.data.sources import bad_rows, opened
 from sft_dist.data.template import ChatTemplate
+from sft_dist.data.workers import made
 from sft_dist.errors import DataError
 from sft_dist.files import publish_dir, sync_path, write_json
 
@@ -39,12 +40,14 @@ log = logging.getLogger(__name__)
 
 # Rows in a chunk: small ones first, so that all processes have work with few rows, then large ones for fewer files.
 FEW, MANY, SMALL_CHUNKS = 1000, 8000, 16
-
-_maker: ShardMaker | None = None
+# Characters, about, after which a chunk has no more rows: each process holds one chunk and what becomes of it.
+MOST_CHARACTERS = 8_000_000
+# How often a preparation is begun from which others take away what it works in.
+TRIES = 3
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, cache: Path) -> Prepared:
-    """Tokenise the config's rows below `cache`, or map what is there from an earlier time.
+    """Tokenise the config's rows below `cache`, or map what is there from an earlier time. Warns of rows in both splits.
 
     Raises DataError for rows that cannot be used, and for a ledger beyond the limits that the config sets.
     """
@@ -56,31 +59,45 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTe
     if found is None:
         raise DataError(f"{target} was prepared, and is not there", hint="is somebody emptying the cache?")
     check_limits(config.data.limits, found.ledger)
+    held_out = found.ledger.get("eval") or {}
+    if both := held_out.get("also_in_train"):
+        log.warning("%d of the %d held-out rows also stand in the training rows", both, held_out["rows"])
     return found
 
 
 def _build(config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, target: Path) -> None:
     # Shards of another version, which cut the rows into other chunks, are none of these.
-    parts = target.with_name(f".{target.name}.{FEW}-{MANY}-{SMALL_CHUNKS}.parts")
-    try:
-        shards = {
-            split: _shards(config, source, tokenizer, template, parts / split)
-            for split, source in (("train", config.data.train), ("eval", config.data.eval))
-            if source is not None
-        }
-        with publish_dir(target) as staged:
-            ledger: dict[str, Any] = {"template": template.origin, **_assemble(config, shards, staged)}
-            write_json(staged / LEDGER, ledger)
-        sync_path(target.parent)
-    except DataError:
-        shutil.rmtree(parts, ignore_errors=True)
-        raise
-    except OSError:
-        # Another preparation may have been faster, and have taken away what both worked in.
-        if not (target / LEDGER).is_file():
+    parts = target.with_name(f".{target.name}.{FEW}-{MANY}-{SMALL_CHUNKS}-{MOST_CHARACTERS}.parts")
+    for left in reversed(range(TRIES)):
+        try:
+            _make(config, tokenizer, template, target, parts)
+            break
+        except DataError:
+            shutil.rmtree(parts, ignore_errors=True)
             raise
-    for left in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
+        except OSError as error:
+            # Another preparation was faster, and has taken away what both worked in: it is done,
+            if (target / LEDGER).is_file():
+                break
+            # or it has found rows that cannot be used, which are to be found here as well.
+            if not left or not isinstance(error, FileNotFoundError):
+                raise
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _make(
+    config: Config, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, target: Path, parts: Path
+) -> None:
+    shards = {
+        split: _shards(config, source, tokenizer, template, parts / split)
+        for split, source in (("train", config.data.train), ("eval", config.data.eval))
+        if source is not None
+    }
+    with publish_dir(target) as staged:
+        ledger: dict[str, Any] = {"template": template.origin, **_assemble(config, shards, staged)}
+        write_json(staged / LEDGER, ledger)
+    sync_path(target.parent)
 
 
 def _shards(
@@ -98,7 +115,7 @@ def _shards(
     processes = len(os.sched_getaffinity(0)) if len(first) > 1 else 1
     count = 0
     with _progress(folder.name) as progress:
-        for rows in _made(maker, itertools.chain(first, chunks), processes):
+        for rows in made(maker.make, itertools.chain(first, chunks), processes):
             count += 1
             progress.update(rows)
     shards = [shard for number in range(count) if (shard := read_shard(shard_path(folder, number))) is not None]
@@ -112,40 +129,31 @@ def _chunks(config: Config, source: SourceConfig) -> Iterator[Chunk]:
     number = 0
     for index, part in enumerate(source.parts):
         how, rows = opened(part, config.data.system)
-        while chosen := list(itertools.islice(rows, FEW if number < SMALL_CHUNKS else MANY)):
+        while chosen := _up_to(FEW if number < SMALL_CHUNKS else MANY, rows):
             yield Chunk(number, index, how, chosen)
             number += 1
 
 
-def _made(maker: ShardMaker, chunks: Iterator[Chunk], processes: int) -> Iterator[int]:
-    """Have the shards written by so many processes; yields each one's rows. No more chunks are read than are worked on."""
-    if processes == 1:
-        yield from map(maker.make, chunks)
-        return
-    global _maker
-    _maker = maker
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    # Each process is a fork with one thread: the tokenizer's own threads would wait for each other.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            waiting: list[Any] = []
-            for chunk in chunks:
-                waiting.append(pool.apply_async(_make, (chunk,)))
-                if len(waiting) > 2 * processes:
-                    yield waiting.pop(0).get()
-            for result in waiting:
-                yield result.get()
-    finally:
-        _maker = None
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        os.environ |= {} if before is None else {"TOKENIZERS_PARALLELISM": before}
+def _up_to(count: int, rows: Iterator[Row]) -> list[Row]:
+    """The next rows: so many, or fewer if they are long."""
+    found: list[Row] = []
+    characters = 0
+    for row in itertools.islice(rows, count):
+        found.append(row)
+        characters += _characters(row.record)
+        if characters > MOST_CHARACTERS:
+            break
+    return found
 
 
-def _make(chunk: Chunk) -> int:
-    if _maker is None:
-        raise RuntimeError("this process was not forked by a preparation")
-    return _maker.make(chunk)
+def _characters(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 8
+    return 8 + sum(map(_characters, value))
 
 
 def _refuse(config: Config, source: SourceConfig, shards: Sequence[Shard]) -> None:
@@ -160,54 +168,34 @@ def _refuse(config: Config, source: SourceConfig, shards: Sequence[Shard]) -> No
     if first is not None and not dropped:
         raise DataError(first, hint="mend the row, or leave such rows out with data.on_bad_row=drop")
     if not sum(len(shard.lengths) for shard in shards):
-        raise DataError(
-            f"none of the {usable} rows has an answer within data.max_length {config.data.max_length} tokens",
-            hint="raise data.max_length; `sft-dist data preview` shows how long the rows are",
+        raise NothingTrained(
+            "data.eval" if source is config.data.eval else "data.train", config.data.max_length, counts
         )
 
 
 def _assemble(config: Config, shards: dict[str, list[Shard]], staged: Path) -> dict[str, Any]:
     """Write the splits' rows below `staged`; returns the ledger of each."""
     train = shards["train"]
-    documents = np.arange(sum(len(shard.lengths) for shard in train))
-    held_out = _held_out(config, train)
-    rest = documents if held_out is None else np.setdiff1d(documents, held_out)
+    chosen = choose(config, config.data.train, train)
+    rest, held_out = chosen.train, chosen.held_out
     rows = pack(train, rest, config.data.max_length) if config.data.packing else None
     if held_out is None and rows is None:
         link_shards(train, staged / "train")
     else:
-        chosen = rows if rows is not None else [rest[at : at + 1] for at in range(len(rest))]
-        write_rows(train, chosen, staged / "train", packed=rows is not None)
-    ledger = {"train": split_ledger(config, config.data.train, train, rest, rows)}
+        listed = rows if rows is not None else [rest[at : at + 1] for at in range(len(rest))]
+        write_rows(train, listed, staged / "train", packed=rows is not None)
+    write_notes(staged, train, rest, rows, held_out)
+    ledger = {"train": split_ledger(config, config.data.train, train, chosen, rows)}
     if held_out is not None:
         write_rows(train, [held_out[at : at + 1] for at in range(len(held_out))], staged / "eval", packed=False)
-        ledger["eval"] = split_ledger(config, config.data.train, train, held_out, None, part_of_train=True)
+        ledger["eval"] = held_out_ledger(train, chosen)
         ledger["eval"]["also_in_train"] = overlap(hashes(train, rest), hashes(train, held_out))
     elif config.data.eval is not None:
         link_shards(shards["eval"], staged / "eval")
-        every = np.arange(sum(len(shard.lengths) for shard in shards["eval"]))
+        every = every_document(config.data.eval, shards["eval"])
         ledger["eval"] = split_ledger(config, config.data.eval, shards["eval"], every, None)
-        ledger["eval"]["also_in_train"] = overlap(hashes(train, rest), hashes(shards["eval"], every))
+        ledger["eval"]["also_in_train"] = overlap(hashes(train, rest), hashes(shards["eval"], every.train))
     return ledger
-
-
-def _held_out(config: Config, shards: Sequence[Shard]) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Numbers of the documents that data.eval_size keeps for the evaluation; None if it keeps none."""
-    size, usable = config.data.eval_size, sum(shard.counts["usable"] for shard in shards)
-    if not size:
-        return None
-    count = round(size * usable) if size < 1 else int(size)
-    if not 0 < count < usable:
-        raise DataError(
-            f"data.eval_size {size:g} would hold out {count} of {usable} rows",
-            hint="hold out at least one row and leave at least one for training",
-        )
-    chosen = np.zeros(usable, dtype=bool)
-    chosen[random.Random(config.run.seed).sample(range(usable), count)] = True
-    firsts = np.cumsum([0, *(shard.counts["usable"] for shard in shards)])
-    ordinals = np.concatenate([shard.ordinals + first for shard, first in zip(shards, firsts, strict=False)])
-    found: np.ndarray[Any, np.dtype[np.int64]] = np.flatnonzero(chosen[ordinals])
-    return found
 
 
 @contextlib.contextmanager

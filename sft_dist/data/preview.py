@@ -6,6 +6,7 @@ are spelled out, so that a file from elsewhere cannot play tricks on a terminal.
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from rich.text import Text
 from sft_dist.data.example import Example, prompt_messages
 
 NEWLINE, SPACE, TAB, CUT = "\u21b5", "\u00b7", "\u21e5", "\u2026"
+# Lines of the ledger's table for numbers that stand together.
+MOST_LINES = 8
 # Around every trained span, so that it is seen without colour; where the data holds these signs, they are spelled out.
 OPEN, CLOSE = "\u27e6", "\u27e7"
 TRAINED_STYLES = ("bold green", "bold bright_green")  # in turn, so that neighbouring tokens are told apart
@@ -42,29 +45,46 @@ def rows_table(examples: Sequence[Example], limit: int = 10, *, width: int = 160
 
 
 def ledger_table(ledger: Mapping[str, Any]) -> Table:
-    """The ledger's main numbers: a column for each source, and for each split as a whole."""
+    """The ledger's numbers: a column for each source, and for each split as a whole."""
     columns: list[tuple[str, Mapping[str, Any]]] = []
     for split in ("train", "eval"):
         numbers = ledger.get(split)
         if numbers:
             sources = numbers.get("sources", ())
-            columns += [(f"{split}: {one['source']} ({one['format']})", one) for one in sources if len(sources) > 1]
-            columns.append((split, numbers))
+            columns += [
+                (f"{split}: {one['source']} ({one['format']})", _flat(one)) for one in sources if len(sources) > 1
+            ]
+            columns.append((split, _flat(numbers)))
     table = Table(title=f"rows {ledger['key']}", title_justify="left")
     table.add_column("")
     for name, _ in columns:
         table.add_column(Text(visible(name)), justify="right", overflow="fold")
-    names = dict.fromkeys(
-        name for _, numbers in columns for name, value in numbers.items() if isinstance(value, int | float)
-    )
+    # A split as a whole has all numbers, in their order.
+    whole_first = sorted(columns, key=lambda column: column[0] not in ("train", "eval"))
+    names = dict.fromkeys(name for _, numbers in whole_first for name in numbers)
     for name in names:
         values = [numbers.get(name) for _, numbers in columns]
-        table.add_row(name.replace("_", " "), *("" if value is None else f"{value:,}" for value in values))
+        table.add_row(Text(name), *("" if value is None else f"{value:,}" for value in values))
     return table
 
 
-def tokens_view(tokens: Sequence[str], trained: Sequence[bool], *, title: str | None = None) -> Group:
-    """The decoded `tokens` of one row, those with `trained` in colour and in brackets, below a legend with counts.
+def _flat(numbers: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers by what a line calls them; of those that stand together (reasons, percentiles, texts) the first ones."""
+    found: dict[str, int | float] = {}
+    for name, value in numbers.items():
+        called = name.replace("_", " ")
+        if isinstance(value, int | float):
+            found[called] = value
+        elif isinstance(value, dict):
+            of = ((key if name == "unknown_texts" else key.replace("_", " "), count) for key, count in value.items())
+            found |= {f"{called}: {visible(key)}": count for key, count in itertools.islice(of, MOST_LINES)}
+    return found
+
+
+def tokens_view(
+    tokens: Sequence[str], trained: Sequence[bool], *, title: str | None = None, notes: Sequence[str] = ()
+) -> Group:
+    """The decoded `tokens` of one row, those with `trained` in colour and in brackets, below a legend with counts and `notes`.
 
     Spaces, tabs and line ends are visible. Raises ValueError if the two sequences differ in length.
     """
@@ -89,7 +109,8 @@ def tokens_view(tokens: Sequence[str], trained: Sequence[bool], *, title: str | 
     if inside:
         body.append(CLOSE, style=TRAINED_STYLES[0])
     heading = [Text(visible(title), style="bold")] if title else []
-    return Group(*heading, _legend(len(tokens), sum(map(bool, trained))), Text(), body)
+    said = [Text(visible(note), style="bold red") for note in notes]
+    return Group(*heading, _legend(len(tokens), sum(map(bool, trained))), *said, Text(), body)
 
 
 def visible(text: str, *, spaces: bool = False) -> str:

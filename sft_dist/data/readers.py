@@ -68,6 +68,7 @@ def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
     line = 1
     try:
         columns = next(reader, [])
+        _refuse_twice(columns, name)
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > 1 or any(cells):
@@ -88,6 +89,17 @@ def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
         ) from error
 
 
+def _refuse_twice(columns: list[str], name: str) -> None:
+    """Raises DataError for two columns of one name: which of them a row means cannot be told."""
+    # Columns without a name are what separators at the ends of lines leave; no format reads them.
+    twice = next((column for column in columns if column and columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{name} has {columns.count(twice)} columns with the name {twice!r}",
+            hint="rename all but one of them, or take them out",
+        )
+
+
 def _table_rows(path: Path, name: str, kind: str) -> Iterator[Row]:
     import pyarrow
 
@@ -103,8 +115,9 @@ def _table_rows(path: Path, name: str, kind: str) -> Iterator[Row]:
 def _parquet_batches(path: Path) -> Iterator[RecordBatch]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=1000)
+    # Else a whole group of rows is read ahead, and one may be all of the file.
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        yield from file.iter_batches(batch_size=1000, use_threads=False)
 
 
 def _arrow_batches(path: Path) -> Iterator[RecordBatch]:
@@ -122,10 +135,11 @@ def _arrow_batches(path: Path) -> Iterator[RecordBatch]:
 def _batch_rows(batches: Iterator[RecordBatch], name: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        _refuse_twice(batch.schema.names, name)
         for begin in range(0, batch.num_rows, 1000):
             for record in batch.slice(begin, 1000).to_pylist():
                 number += 1
-                yield Row(f"{name}: row ", number, record)
+                yield Row(f"{name}: row ", number, record, table=True)
 
 
 def _saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
@@ -138,7 +152,7 @@ def _saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
         path = path / split
     table = datasets.load_from_disk(str(path))
     for number, record in enumerate(table, 1):
-        yield Row(f"{name}: row ", number, dict(record))
+        yield Row(f"{name}: row ", number, dict(record), table=True)
 
 
 def _check_encoding(head: bytes, name: str) -> None:

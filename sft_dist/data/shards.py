@@ -1,7 +1,8 @@
 """A part of the rows, tokenised into a file of its own: what the processes of a preparation do, one chunk each.
 
 A shard is whole once its notes are there: they are written last, each file under another name first. So a preparation that
-was killed goes on where it was, and two at once can share what either has done.
+was killed goes on where it was, and two at once can share what either has done. Nothing waits for the disk here: after a failure
+of the machine, a shard's documents may be others than its notes say, so one that is found is held against them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.config.schema_data import DataConfig
+from sft_dist.data.documents import Document, row_columns, temporary_beside, with_weights, write_documents
+from sft_dist.data.encode import unknown_token
 from sft_dist.data.example import Example, RowFormat
 from sft_dist.data.json_rows import Row
 from sft_dist.data.sources import read_row
@@ -58,6 +61,10 @@ class Shard:
     """Which of the chunk's usable rows each document is."""
     hashes: NDArray[np.uint64]
     """Of each document's tokens and labels."""
+    rows: NDArray[np.int32]
+    """Of the usable rows: which of the chunk's rows each is, its tokens that were cut off, and its unknown ones."""
+    weights: NDArray[np.float64] | None = None
+    """The sum of the weights of each document's trained tokens; None where all of them count 1, and have no column."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -72,9 +79,29 @@ def read_shard(path: Path) -> Shard | None:
         if counts is None:
             return None
         with np.load(path.with_suffix(".npz")) as arrays:
-            return Shard(path, counts, *(arrays[name] for name in ("lengths", "trained", "ordinals", "hashes")))
-    except (OSError, ValueError, KeyError):
+            own: dict[str, Any] = {name: arrays[name] for name in ("lengths", "trained", "ordinals", "hashes", "rows")}
+            return Shard(path, counts, **own, weights=arrays.get("weights"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+
+
+def _holds_what_it_says(shard: Shard) -> bool:
+    """Whether a shard's documents are those that its notes were written for."""
+    import pyarrow
+
+    found: list[bytes] = []
+    try:
+        with pyarrow.memory_map(str(shard.path)) as source:
+            for batch in pyarrow.ipc.open_stream(source):
+                columns = [[row.values.to_numpy() for row in column] for column in batch.columns[:2]]
+                found += map(_hash, *columns)
+    except (OSError, pyarrow.ArrowException):
+        return False
+    return np.array_equal(np.frombuffer(b"".join(found), dtype=np.uint64), shard.hashes)
+
+
+def _hash(ids: NDArray[np.int32], labels: NDArray[np.int32]) -> bytes:
+    return hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=8).digest()
 
 
 class ShardMaker:
@@ -85,32 +112,30 @@ class ShardMaker:
     ) -> None:
         self.data, self.tokenizer, self.folder = data, tokenizer, folder
         self.masks = Masks(tokenizer, template, data.trained)
+        self.unknown = unknown_token(tokenizer)
 
     def make(self, chunk: Chunk) -> int:
         """Write the shard of `chunk` unless it is there; returns its number of rows."""
         path = shard_path(self.folder, chunk.number)
-        if read_shard(path) is None:
+        found = read_shard(path)
+        if found is None or not _holds_what_it_says(found):
             self._write(path, chunk)
         return len(chunk.rows)
 
     def _write(self, path: Path, chunk: Chunk) -> None:
-        counts: dict[str, Any] = {
-            "source": chunk.source,
-            "format": chunk.how.name,
-            "rows_in": len(chunk.rows),
-            "bad": {},
-            "errors": [],
-            "first": None,
-        }
+        counts: dict[str, Any] = {"source": chunk.source, "format": chunk.how.name, "rows_in": len(chunk.rows)}
+        counts |= {"bad": {}, "errors": [], "first": None, "weighted_rows": 0}
         counts |= dict.fromkeys(("usable", "refused", "empty", "cut_off", "truncated_rows", "truncated_tokens"), 0)
         counts |= dict.fromkeys(("answers_cut", "turns", "turns_ended", "doubled_bos", "unknown_tokens"), 0)
+        counts |= dict.fromkeys(("tokens_in", "lost_tokens"), 0)
         unknown: collections.Counter[str] = collections.Counter()
-        kept: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
+        kept: list[Document] = []
         trained: list[int] = []
         ordinals: list[int] = []
+        rows: list[tuple[int, int, int]] = []
         for start in range(0, len(chunk.rows), BATCH):
-            examples = []
-            for row in chunk.rows[start : start + BATCH]:
+            examples, places = [], []
+            for place, row in enumerate(chunk.rows[start : start + BATCH], start):
                 example = read_row(row, chunk.how)
                 if isinstance(example, DataError):
                     counts["bad"][example.reason] = counts["bad"].get(example.reason, 0) + 1
@@ -118,107 +143,91 @@ class ShardMaker:
                         counts["errors"].append([example.message, example.hint])
                 else:
                     examples.append(example)
-            for example, masked in zip(examples, self.masks.rows(examples), strict=True):
+                    places.append(place)
+            for place, example, masked in zip(places, examples, self.masks.rows(examples), strict=True):
                 counts["usable"] += 1
-                for ids, labels in self._documents(example, masked, counts, unknown):
-                    kept.append((ids, labels))
-                    trained.append(int((labels != IGNORED).sum()))
+                counts["tokens_in"] += len(masked.ids)
+                rows.append((place, self._over(masked), self._count_unknown(masked, counts, unknown)))
+                for document in self._documents(example, masked, counts):
+                    kept.append(document)
+                    trained.append(int(np.count_nonzero(document[1] != IGNORED)))
                     ordinals.append(counts["usable"] - 1)
         counts["unknown"] = dict(unknown.most_common(50))
-        self._save(path, counts, kept, trained, ordinals)
+        self._save(path, counts, kept, trained, ordinals, rows)
 
-    def _documents(
-        self, example: Example, row: MaskedRow, counts: dict[str, Any], unknown: collections.Counter[str]
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    def _documents(self, example: Example, row: MaskedRow, counts: dict[str, Any]) -> list[Document]:
         """What of one row is trained on: nothing, the row, or the pieces of one that is too long. Counts why."""
-        limit, eos = self.data.max_length, self.tokenizer.eos_token_id
-        words = int((row.trained & (row.ids != eos)).sum())
+        limit, eos, over = self.data.max_length, self.tokenizer.eos_token_id, self._over(row)
+        words = int(np.count_nonzero(row.trained & (row.ids != eos)))
         if words == 0:
             counts["refused" if row.problem else "empty"] += 1
+            counts["lost_tokens"] += len(row.ids)
             if counts["first"] is None:
                 problem = row.problem or "the answer tokenises to nothing, so there is nothing to train on"
                 counts["first"] = f"{example.where}: {problem}"
             return []
         counts["doubled_bos"] += row.doubled_bos
-        self._count_unknown(row, counts, unknown)
-        split = self.data.packing and self.data.packing_overflow == "split"
-        over = max(0, len(row.ids) - limit)
-        if over and not split:
-            counts["truncated_rows"] += 1
-            counts["truncated_tokens"] += over
-        kept = len(row.ids) if split else limit
+        counts["truncated_rows"] += bool(over)
+        counts["truncated_tokens"] += over
+        kept = max(limit, len(row.ids) - over)
         for begin, end in row.turns or ((0, len(row.ids)),):
             counts["turns"] += 1
-            ended = (row.ids[begin:end] == eos) & row.trained[begin:end]
-            counts["turns_ended"] += bool(end <= kept and ended.any())
+            ended = np.count_nonzero((row.ids[begin:end] == eos) & row.trained[begin:end])
+            counts["turns_ended"] += bool(end <= kept and ended)
         labels = np.where(row.trained, row.ids, IGNORED).astype(np.int32)
-        ids = row.ids.astype(np.int32)
-        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, kept, limit) if at < len(ids)]
-        pieces = [(part, marks) for part, marks in pieces if (marks != IGNORED).any()]
+        columns = [row.ids.astype(np.int32), labels, *([] if row.weights is None else [row.weights])]
+        starts = range(0, min(kept, len(row.ids)), limit)
+        pieces = [[column[at : at + limit] for column in columns] for at in starts]
+        pieces = [piece for piece in pieces if np.count_nonzero(piece[1] != IGNORED)]
+        counts["weighted_rows"] += bool(pieces and row.weights is not None)
+        counts["lost_tokens"] += len(row.ids) - over - sum(len(piece[0]) for piece in pieces)
         counts["cut_off"] += not pieces
-        counts["answers_cut"] += bool(pieces and not split and row.trained[limit:].any())
+        counts["answers_cut"] += bool(pieces and over and row.trained[limit:].any())
         return pieces
 
-    def _count_unknown(self, row: MaskedRow, counts: dict[str, Any], unknown: collections.Counter[str]) -> None:
-        token = self.tokenizer.unk_token_id
-        if token is None:
-            return
-        found = int((row.ids == token).sum())
+    def _over(self, row: MaskedRow) -> int:
+        """How many of a row's tokens are cut off."""
+        split = self.data.packing and self.data.packing_overflow == "split"
+        return 0 if split else max(0, len(row.ids) - self.data.max_length)
+
+    def _count_unknown(self, row: MaskedRow, counts: dict[str, Any], unknown: collections.Counter[str]) -> int:
+        if self.unknown is None:
+            return 0
+        found = int(np.count_nonzero(row.ids == self.unknown))
         counts["unknown_tokens"] += found
         if found:
             unknown.update(self.masks.unknown_texts(row))
+        return found
 
     def _save(
         self,
         path: Path,
         counts: dict[str, Any],
-        documents: list[tuple[NDArray[np.int32], NDArray[np.int32]]],
+        documents: list[Document],
         trained: list[int],
         ordinals: list[int],
+        rows: list[tuple[int, int, int]],
     ) -> None:
-        write_documents(path, [documents[at : at + 1000] for at in range(0, len(documents), 1000)])
-        hashes = [
-            hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=8).digest() for ids, labels in documents
-        ]
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        weighted = any(len(document) > 2 for document in documents)
+        if weighted:
+            documents = [with_weights(document) for document in documents]
+        batches = [documents[at : at + 1000] for at in range(0, len(documents), 1000)]
+        # The hashes know nothing of weights.
+        write_documents(path, batches, row_columns(packed=False, weighted=weighted), durable=weighted)
+        hashes = [_hash(ids, labels) for ids, labels, *_ in documents]
+        more: dict[str, Any] = {}
+        if weighted:
+            more["weights"] = np.array([weights.sum(dtype=np.float64) for _, _, weights in documents])
+        temporary = temporary_beside(path, ".npz")
         with temporary.open("wb") as stream:
             np.savez(
                 stream,
-                lengths=np.array([len(ids) for ids, _ in documents], dtype=np.int32),
+                lengths=np.array([len(ids) for ids, *_ in documents], dtype=np.int32),
                 trained=np.array(trained, dtype=np.int32),
                 ordinals=np.array(ordinals, dtype=np.int32),
                 hashes=np.frombuffer(b"".join(hashes), dtype=np.uint64),
+                rows=np.array(rows, dtype=np.int32).reshape(-1, 3).T,
+                **more,
             )
         temporary.replace(path.with_suffix(".npz"))
-        write_json(path.with_suffix(".json"), json.loads(json.dumps(counts)))
-
-
-def write_documents(
-    path: Path,
-    batches: Any,
-    *,
-    packed: bool = False,
-) -> None:
-    """Write batches of (input_ids, labels), or of (input_ids, labels, seq_lengths), as an Arrow stream to `path`."""
-    import pyarrow
-
-    names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
-    schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in names])
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.arrow")
-    with temporary.open("wb") as stream:
-        with pyarrow.ipc.new_stream(stream, schema) as writer:
-            for batch in batches:
-                columns = [_lists([row[index] for row in batch]) for index in range(len(names))]
-                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def _lists(rows: Sequence[NDArray[np.int32]]) -> Any:
-    import pyarrow
-
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate([*rows, np.zeros(0, dtype=np.int32)]).astype(np.int32, copy=False)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
+        write_json(path.with_suffix(".json"), json.loads(json.dumps(counts)), durable=False)

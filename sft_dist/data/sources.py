@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sft_dist.config.schema import DataFormat, SourceConfig, SourcePart
+from sft_dist.config.schema_data import foreign_columns
 from sft_dist.data.example import Example, RowFormat
 from sft_dist.data.extraction import extraction
 from sft_dist.data.formats import detect_format, parse_row
@@ -26,6 +30,7 @@ TASKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"tickets": tickets,
 # Fields of a source that a task takes beside rows and seed.
 OPTIONS = {"tickets": ("language",), "extraction": ("language", "answer"), "mix": ()}
 SHOWN_BAD_ROWS = 5
+Ints = NDArray[np.int64]
 # Rows in which the format is looked for; one that shows none hides no later ones.
 LOOKED_AT = 1000
 
@@ -72,7 +77,19 @@ def opened(part: SourcePart, system: str | None) -> tuple[RowFormat, Iterator[Ro
         name, seen = _format_of(itertools.chain(head, rows), part.fields)
         how = RowFormat(name, how.columns, how.roles, system)
         head = seen
-    return how, _weighted(itertools.chain(head, rows), part.weight)
+    if wrong := foreign_columns(how.columns, how.name):
+        raise DataError(
+            f"{part.path or part.task}: fields names {wrong}",
+            hint="leave it out of fields, or set format to the one that has it",
+        )
+    weighted = _weighted(itertools.chain(head, rows), part.weight)
+    first = list(itertools.islice(weighted, 1))
+    if not first:
+        raise DataError(
+            f"weight {part.weight:g} leaves no row of {part.path or f'task {part.task}'}",
+            hint="raise its weight, or take the source out; rows that are few may be all taken: weight 1",
+        )
+    return how, itertools.chain(first, weighted)
 
 
 def read_row(row: Row, how: RowFormat) -> Example | DataError:
@@ -80,7 +97,7 @@ def read_row(row: Row, how: RowFormat) -> Example | DataError:
     where = f"{row.origin}{row.number}"
     try:
         record = read_line(where, row.record) if isinstance(row.record, bytes) else row.record
-        return record if isinstance(record, DataError) else parse_row(record, how, where)
+        return record if isinstance(record, DataError) else parse_row(record, how, where, table=row.table)
     except DataError as error:
         if error.reason == NOT_UTF8:
             raise
@@ -169,11 +186,20 @@ def _weighted(rows: Iterator[Row], weight: float) -> Iterator[Row]:
         yield from itertools.repeat(row, int((index + 1) * weight) - int(index * weight))
 
 
+def rows_behind(places: Ints, weight: float) -> Ints:
+    """Which row of a source each is that `weight` leaves, by its place among these."""
+    if weight == 1.0 or not len(places):
+        return places
+    count = int((int(places.max()) + 2) / weight) + 2
+    taken = (np.arange(1, count + 1) * weight).astype(np.int64)  # up to each row, as above
+    return np.searchsorted(taken, places, side="right")
+
+
 def _hub_rows(part: SourcePart, name: str) -> Iterator[Row]:
     table = hub_dataset(part)
     if not len(table):
         raise DataError(f"the dataset {name} has no rows in split {part.split}")
-    return (Row(f"{name} ({part.split}), row ", number, dict(row)) for number, row in enumerate(table, 1))
+    return (Row(f"{name} ({part.split}), row ", number, dict(row), table=True) for number, row in enumerate(table, 1))
 
 
 def _format_of(rows: Iterator[Row], columns: dict[str, str]) -> tuple[DataFormat, list[Row]]:

@@ -18,6 +18,8 @@ Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]
 # Parts of a message that say who did what, not what was said; many templates need none of them.
 OPTIONAL = ("name", "tool_call_id")
+# Parts that a template writes in its own way, must not write, or may leave out.
+NOT_RENDERED = ("role", "content", "train", "weight", *OPTIONAL)
 # transformers gives a message's reasoning to the template under each of these names.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -145,7 +147,7 @@ def _shared(
 
 def refuse_unseen(template: str, messages: Messages, tools: Sequence[Any]) -> None:
     """Raises ConfigError for what a template does not know: it would pass over it, and the row say something else."""
-    held = {key for message in messages for key in message if key not in ("role", "content", "train", *OPTIONAL)}
+    held = {key for message in messages for key in message if key not in NOT_RENDERED}
     for key in sorted(held | ({"tools"} if tools else set())):
         if not any(name in template for name in (REASONING if key in REASONING else (key,))):
             raise ConfigError(

@@ -15,6 +15,7 @@ from sft_dist.config.schema import LossOn
 from sft_dist.data.encode import Encoded, EncodedWithoutPlaces, Encoder, common_prefix
 from sft_dist.data.example import Example, Message
 from sft_dist.data.template import ChatTemplate, Span, refuse_unseen, render, render_turns
+from sft_dist.data.words import refuse_without_effect, spans_of_others
 from sft_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class TokenizedRow:
     """Tokens of the answer's words before the cut; 0 if they tokenised to nothing."""
     problem: str | None = None
     """Why the template refuses the row; the row is empty then."""
+    weights: list[float] | None = None
+    """How much each token counts in the loss; None if the trained ones count 1."""
 
     @property
     def trained(self) -> int:
@@ -58,6 +61,8 @@ class MaskedRow:
     """The row's text and where its tokens are from."""
     doubled_bos: bool = False
     """Whether a second token of the text's beginning was taken out."""
+    weights: NDArray[np.float32] | None = None
+    """How much each token counts in the loss; None if all trained ones count 1. An untrained one's is 0."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class _Rendered:
     spans: tuple[Span, ...] = ()
     """Answers that are trained."""
     untrained: tuple[Span, ...] = ()
-    """Answers that are not, where all the rest is."""
+    """Messages that are not, where all the rest is."""
     prompt: str | None = None
     """The text up to the completion, where only what follows it is trained."""
     everything: bool = False
+    weights: tuple[tuple[Span, float], ...] = ()
+    """Messages whose tokens count other than once."""
     problem: str | None = None
 
 
@@ -90,7 +97,8 @@ def tokenize(
             words = int((row.trained & (row.ids != tokenizer.eos_token_id)).sum())
             labels = np.where(row.trained, row.ids, IGNORED)[:max_length].tolist()
             cut = max(0, len(row.ids) - max_length)
-            yield TokenizedRow(row.ids[:max_length].tolist(), labels, cut, words, row.problem)
+            weights = None if row.weights is None else row.weights[:max_length].tolist()
+            yield TokenizedRow(row.ids[:max_length].tolist(), labels, cut, words, row.problem, weights)
 
 
 class Masks:
@@ -154,24 +162,32 @@ class Masks:
         messages, tools = example.messages, example.tools
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         refused = [turn for turn in answers if not messages[turn].get("train", True)]
+        weighted = [turn for turn in answers if "weight" in messages[turn]]
         start = example.first_trained or (answers[-1] if self.loss_on == "completion" else 0)
+        if self.loss_on != "all":
+            refuse_without_effect(messages[:start] if self.loss_on == "completion" else messages, self.loss_on)
         if self.loss_on in ("all", "completion"):
             # No answer needs to be told apart, so the template is the one for asking, as in TRL.
-            own = self.template.training_text if refused else self.template.text
+            told_apart = bool(refused or weighted)
+            own = self.template.training_text if told_apart else self.template.text
             text, turns = (
                 render_turns(self.tokenizer, self.template, messages, tools)
-                if refused
+                if told_apart
                 else (self._text(own, messages, tools), {})
             )
-            untrained = tuple(span for turn in refused for span in turns[turn])
+            turns = turns | spans_of_others(lambda changed: self._text(own, changed, tools), messages, text, self._cuts)
+            untrained = tuple(span for turn in turns if not messages[turn].get("train", True) for span in turns[turn])
+            weights = tuple((span, messages[turn].get("weight", 1.0)) for turn in turns for span in turns[turn])
             prompt = self._text(own, messages[:start], tools, True) if self.loss_on == "completion" else None
-            return _Rendered(text, True, untrained=untrained, prompt=prompt, everything=True)
+            return _Rendered(text, True, untrained=untrained, prompt=prompt, everything=True, weights=weights)
         text, turns = render_turns(self.tokenizer, self.template, messages, tools)
+        weights = tuple((span, messages[turn]["weight"]) for turn in weighted for span in turns[turn])
         prompt = self._text(self.template.training_text, messages[:start], tools, True) if start else None
         chosen = [turn for turn in answers if turn >= start and turn not in refused]
         if self.loss_on == "last":
             chosen = [turn for turn in chosen if turn == answers[-1]]
-        return _Rendered(text, True, tuple(span for turn in chosen for span in turns[turn]), prompt=prompt)
+        spans = tuple(span for turn in chosen for span in turns[turn])
+        return _Rendered(text, True, spans, prompt=prompt, weights=weights)
 
     def _text(self, template: str, messages: Sequence[Message], tools: Sequence[Any], asking: bool = False) -> str:
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
@@ -190,11 +206,13 @@ class Masks:
                     turns.append((begin, end))
         if row.prompt is not None:
             trained[: self._prompt_length(row, encoded)] = False
+        weights = _weights(row, encoded, trained)
         bos = self.tokenizer.bos_token_id
         doubled = bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos
         if doubled:
             ids, trained, turns = ids[1:], trained[1:], [(begin - 1, end - 1) for begin, end in turns]
-        return MaskedRow(ids, trained, tuple(turns), encoded=encoded, doubled_bos=bool(doubled))
+            weights = None if weights is None else weights[1:]
+        return MaskedRow(ids, trained, tuple(turns), None, encoded, bool(doubled), weights)
 
     def _prompt_length(self, row: _Rendered, encoded: Encoded | EncodedWithoutPlaces) -> int:
         """Tokens that the prompt alone has in common with the whole row: TRL's way to tell where a completion begins."""
@@ -205,3 +223,16 @@ class Masks:
             return common_prefix(self._tail_ids(prompt, row.chat), ids)
         before = encoded.before(cuts[-1])
         return before + common_prefix(self._tail_ids(prompt[cuts[-1] :], True), ids[before:])
+
+
+def _weights(
+    row: _Rendered, encoded: Encoded | EncodedWithoutPlaces, trained: NDArray[np.bool_]
+) -> NDArray[np.float32] | None:
+    """How much each token counts, if some trained one counts other than once."""
+    if not row.weights:
+        return None
+    weights = trained.astype(np.float32)
+    for span, weight in row.weights:
+        begin, end = encoded.between(*span)
+        weights[begin:end] *= weight
+    return None if (weights == trained).all() else weights

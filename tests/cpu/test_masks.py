@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -293,6 +294,81 @@ def test_a_message_may_be_left_untrained(tokens: RunTokenizer) -> None:
         left_out = [token for token, label in zip(whole.input_ids, whole.labels, strict=True) if label == IGNORED]
         assert tokens.tokenizer.decode(left_out).strip() == as_trained(tokens, "second").strip()
         turns[3] = {key: value for key, value in turns[3].items() if key not in mark}
+
+
+def with_marks(**marks: dict[str, Any]) -> Example:
+    """A conversation of four kinds of messages, of which some hold more: `{"train": False}` for example."""
+    messages = [
+        {"role": "system", "content": "SECRET one, and  two \u6771\u4eac."},
+        {"role": "user", "content": "Ask SECRET one?\nAsk."},
+        {"role": "assistant", "content": "Calling."},
+        {"role": "tool", "content": '{"ask": "Ask SECRET one?"}'},
+        {"role": "assistant", "content": "Ask SECRET one?\nAsk."},
+    ]
+    for role, mark in marks.items():
+        next(it for it in messages if it["role"] == role).update(mark)
+    return parse_row({"messages": messages}, "messages", "here")
+
+
+def untrained_texts(tokens: RunTokenizer, row: TokenizedRow) -> list[str]:
+    """The runs of tokens that are not trained, decoded one by one."""
+    marks = [IGNORED if label != IGNORED else token for token, label in zip(row.input_ids, row.labels, strict=True)]
+    return trained_texts(tokens, dataclasses.replace(row, labels=marks))
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+def test_words_that_are_not_the_assistants_may_be_left_untrained(tokens: RunTokenizer, mark: dict[str, Any]) -> None:
+    """With loss_on=all each is left out with the token that ends its turn; the same words elsewhere are trained."""
+    plain = with_marks()
+    for role in ("system", "user", "tool"):
+        words = next(str(it["content"]) for it in plain.messages if it["role"] == role)
+        # The plain template ends only answers with the token, and Qwen's frames what a tool says.
+        framed = "plain" in tokens.template.origin or (role == "tool" and "TRL's" in tokens.template.origin)
+        without, row = rows_of(tokens, plain, with_marks(**{role: mark}), loss_on="all")
+        assert row.input_ids == without.input_ids
+        assert without.labels == without.input_ids
+        assert [text.strip() for text in untrained_texts(tokens, row)] == [words if framed else f"{words}{END}"]
+    (row,) = rows_of(tokens, with_marks(system=mark, user=mark, tool=mark, assistant=mark), loss_on="all")
+    assert len(untrained_texts(tokens, row)) == 4
+    (row,) = rows_of(tokens, with_marks(system=mark, user=mark, tool=mark), loss_on="assistant")
+    assert row == rows_of(tokens, plain, loss_on="assistant")[0], "they are masked as they are without the mark"
+
+
+def test_words_of_a_completion_that_are_not_the_assistants_may_be_left_untrained(tokens: RunTokenizer) -> None:
+    messages = [dict(message) for message in with_marks(tool={"train": False}).messages]
+    example = parse_row({"prompt": messages[:2], "completion": messages[2:]}, "auto", "here")
+    assert example.first_trained == 2
+    (row,) = rows_of(tokens, example, loss_on="completion")
+    trained = "".join(trained_texts(tokens, row))
+    assert '{"ask"' not in trained
+    assert trained.count("Ask SECRET one?") == 1
+
+
+def test_words_inside_of_what_a_template_adds_are_left_out_alone(qwen_dir: Path) -> None:
+    """Qwen's template frames what a tool says, and writes the tools behind the system message's words."""
+    tokens = load_tokenizer(ModelConfig(name=str(qwen_dir)))
+    marked = with_marks(system={"train": False}, tool={"train": False})
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    (row,) = rows_of(tokens, dataclasses.replace(marked, tools=(schema,)), loss_on="all")
+    system, said = untrained_texts(tokens, row)
+    assert system.strip() == marked.messages[0]["content"]
+    assert said.strip() == marked.messages[3]["content"]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "completion"])
+def test_a_weight_without_effect_is_refused(tokens: RunTokenizer, loss_on: LossOn) -> None:
+    row, right = rows_of(tokens, with_marks(user={"weight": 0.5}), with_marks(user={"weight": 1}), loss_on=loss_on)
+    assert row.problem is not None and right.problem is None
+    assert row.problem.startswith(f"message 1 (user) has the weight 0.5, which has no effect: data.loss_on={loss_on} ")
+
+
+def test_words_that_a_template_writes_twice_cannot_be_left_untrained(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path
+) -> None:
+    tokens = tiny_tokens(chat_template=template_file(tmp_path, "{{ messages[0].content }}\n" + MARKED))
+    row, right = rows_of(tokens, with_marks(system={"train": False}), with_marks(user={"train": False}), loss_on="all")
+    assert row.problem is not None and "words of message 0 (system) so that they cannot be told" in row.problem
+    assert right.problem is None and right.trained < len(right.input_ids)
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "completion", "all"])

@@ -11,7 +11,7 @@ import pytest
 
 from sft_dist.files import read_jsonl
 from sft_dist.rundir import RunDir
-from tests.cpu.test_offline import DATASET, MODEL, Hub, HubHandler
+from tests.faults.test_offline import DATASET, MODEL, Hub, HubHandler
 
 if TYPE_CHECKING:
     from tests.conftest import RunCli

@@ -74,7 +74,7 @@ def test_many_processes_make_what_one_makes(
     tokens = tiny_tokens()
     many = prepare(config_for(rows, **data), tokens.tokenizer, tokens.template, tmp_path / "many")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    monkeypatch.setattr(preparing, "_made", lambda maker, chunks, processes: map(maker.make, chunks))
+    monkeypatch.setattr(preparing, "made", lambda make, chunks, processes: map(make, chunks))
     one = prepare(config_for(rows, **data), tokens.tokenizer, tokens.template, tmp_path / "one")
     assert content(many) == content(one)
     assert many.ledger == one.ledger
@@ -97,11 +97,12 @@ print(prepared.ledger["key"], len(prepared.train), flush=True)
 """
 
 
-def start(model: Path, config: Config, cache: Path) -> subprocess.Popen[str]:
+def start(model: Path, config: Config, cache: Path, stderr: int | None = None) -> subprocess.Popen[str]:
     text = config.model_dump_json()
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(model), text, str(cache)],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
@@ -159,7 +160,7 @@ def test_a_second_preparation_takes_up_what_the_first_has_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokens, made = tiny_tokens(), []
-    monkeypatch.setattr(preparing, "_made", lambda maker, chunks, processes: map(maker.make, chunks))
+    monkeypatch.setattr(preparing, "made", lambda make, chunks, processes: map(make, chunks))
     write = shards.ShardMaker._write
 
     def stop_after_12(self: Any, path: Path, chunk: Any) -> None:
@@ -205,6 +206,95 @@ def test_a_shard_without_its_notes_or_with_torn_ones_is_made_again(
     )
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one process does all on one core")
+@pytest.mark.parametrize("whom", ["a worker", "the first process"])
+def test_a_killed_process_ends_it_and_the_next_try_goes_on(
+    tiny_tokens: Callable[..., RunTokenizer], tiny_model_dir: Path, tmp_path: Path, whom: str
+) -> None:
+    """As the kernel does where the memory is used up. None of the others is left, and no shard is lost."""
+    path, cache, tokens = tmp_path / "rows.jsonl", tmp_path / "cache", tiny_tokens()
+    write_jsonl(path, records(6000))
+    process = start(tiny_model_dir, config_for(path), cache, stderr=subprocess.PIPE)
+    while notes(cache) < 3 or not children(process.pid):
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.001)
+    workers = children(process.pid)
+    os.kill(workers[0] if whom == "a worker" else process.pid, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    done = notes(cache)
+    assert process.returncode != 0 and 3 <= done < 60
+    if whom == "a worker":
+        assert "a process that tokenises rows was killed (SIGKILL), as happens where the memory is used up" in said
+        assert "slurm.mem" in said and "taskset" in said
+    until = time.monotonic() + 20
+    while any(map(lives, workers)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not [worker for worker in workers if lives(worker)], "a process is left"
+    again = start(tiny_model_dir, config_for(path), cache)
+    assert notes(cache) >= done
+    assert again.communicate()[0].split()[1] == "6000"
+    made = prepare(config_for(path), tokens.tokenizer, tokens.template, cache)
+    assert made.train[5999] == prepare(config_for(path), tokens.tokenizer, tokens.template, tmp_path / "b").train[-1]
+
+
+def test_a_chunk_of_long_rows_has_fewer_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what the processes hold does not grow with the rows' length."""
+    monkeypatch.setattr(preparing, "MOST_CHARACTERS", 1000)
+    write_jsonl(tmp_path / "lines.jsonl", [{"text": "x" * 300}] * 10)
+    (tmp_path / "array.json").write_text(json.dumps([{"messages": [{"content": "x" * 300}]}] * 10))
+    for name, form in (("lines.jsonl", "text"), ("array.json", "messages")):
+        config = Config.model_validate({"data": {"train": {"path": str(tmp_path / name), "format": form}}})
+        sizes = [len(chunk.rows) for chunk in preparing._chunks(config, config.data.train)]
+        assert sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("lost", ["all", "the end", "a page"])
+def test_a_shard_that_a_failing_machine_did_not_write_is_made_again(
+    tiny_tokens: Callable[..., RunTokenizer],
+    tmp_path: Path,
+    rows: Path,
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    """Nothing waits for the disk while shards are made: whole notes may stand beside documents that never got there."""
+    tokens = tiny_tokens()
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config_for(rows), tokens.tokenizer, tokens.template, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "data").glob(".*.parts/train")
+    path = shards.shard_path(folder, 3)
+    stored = bytearray(path.read_bytes())
+    if lost == "all":
+        stored = bytearray()
+    elif lost == "the end":
+        stored[len(stored) // 2 :] = bytes(len(stored) - len(stored) // 2)
+    else:
+        stored[len(stored) // 2 : len(stored) // 2 + 64] = bytes(64)
+    path.write_bytes(stored)
+    monkeypatch.setattr(preparing, "made", lambda make, chunks, processes: map(make, chunks))
+    again, write = [], shards.ShardMaker._write
+    monkeypatch.setattr(
+        shards.ShardMaker, "_write", lambda self, path, chunk: (again.append(chunk.number), write(self, path, chunk))[1]
+    )
+    whole = prepare(config_for(rows), tokens.tokenizer, tokens.template, tmp_path / "cache")
+    assert again == [3], "the others were whole, and taken up"
+    other = prepare(config_for(rows), tokens.tokenizer, tokens.template, tmp_path / "other")
+    assert content(whole) == content(other)
+
+
 @pytest.mark.parametrize("data", [{}, {"packing": True}], ids=["plain", "packed"])
 def test_two_at_once_end_in_one_valid_result(
     tiny_tokens: Callable[..., RunTokenizer], tiny_model_dir: Path, tmp_path: Path, rows: Path, data: dict[str, Any]
@@ -220,6 +310,59 @@ def test_two_at_once_end_in_one_valid_result(
     assert made.ledger == expected.ledger
     left = [path.name for path in (cache / "data").iterdir() if path.name != "digests"]
     assert left == [made.ledger["key"]]
+
+
+def test_two_at_once_over_bad_rows_both_say_so(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that ends first takes away the folder in which the other one still works."""
+    tokens, path = tiny_tokens(), tmp_path / "rows.jsonl"
+    write_jsonl(path, [*records(300), {"messages": []}])
+    monkeypatch.setattr(preparing, "FEW", 100)
+    write, others = shards.ShardMaker._write, []
+
+    def while_another_ends(self: Any, path_of_shard: Path, chunk: Any) -> None:
+        if chunk.number == 2 and not others:
+            others.append(chunk.number)
+            with pytest.raises(DataError, match="1 of 301 rows cannot be used"):
+                prepare(config_for(path), tokens.tokenizer, tokens.template, tmp_path / "cache")
+        write(self, path_of_shard, chunk)
+
+    monkeypatch.setattr(shards.ShardMaker, "_write", while_another_ends)
+    monkeypatch.setattr(preparing, "made", lambda make, chunks, processes: map(make, chunks))
+    with pytest.raises(DataError, match="1 of 301 rows cannot be used"):
+        prepare(config_for(path), tokens.tokenizer, tokens.template, tmp_path / "cache")
+    assert others == [2] and not list((tmp_path / "cache" / "data").glob(".*"))
+
+
+@pytest.mark.parametrize("moment", ["documents", "notes"])
+def test_processes_of_two_hosts_with_one_number_do_not_meet(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """On a shared file system two may write the same shard at once: here one begins and ends inside of the other."""
+    import numpy as np
+
+    from sft_dist.data import documents
+
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    tokens, config, inside = tiny_tokens(), config_for(rows), []
+    maker = shards.ShardMaker(config.data, tokens.tokenizer, tokens.template, tmp_path)
+    chunk = next(preparing._chunks(config, config.data.train))
+    module: Any = documents if moment == "documents" else np
+    name = "_lists" if moment == "documents" else "savez"
+    original = getattr(module, name)
+
+    def with_another_inside(*arguments: Any, **more: Any) -> Any:
+        if not inside:
+            inside.append(name)
+            maker._write(shards.shard_path(tmp_path, 0), chunk)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, name, with_another_inside)
+    assert maker.make(chunk) == 1000 and inside
+    found = shards.read_shard(shards.shard_path(tmp_path, 0))
+    assert found is not None and shards._holds_what_it_says(found)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".arrow", ".json", ".npz"]
 
 
 def test_bad_rows_of_all_chunks_are_one_error_and_leave_nothing(

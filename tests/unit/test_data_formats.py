@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from sft_dist.config.schema_data import COLUMNS
 from sft_dist.data.formats import (
     RIGHT_CHAT_PAIR,
     RIGHT_ROWS,
@@ -40,6 +42,15 @@ def test_messages_row_keeps_turns_and_other_columns():
 def test_extra_keys_of_messages_are_left_out_but_text_is_untouched():
     row = {"messages": [{**USER, "name": "Ann", "tool_calls": None}, {**ANSWER, "content": " a\n", "weight": 1}]}
     assert parse_row(row, "messages", "w", None).messages == (USER, says("assistant", " a\n"))
+
+
+def test_the_weight_of_a_message_is_kept_where_it_says_more_than_whether_it_is_trained():
+    answers = [{**ANSWER, "weight": 0.25}, {**ANSWER, "weight": 1.0}, {**ANSWER, "weight": 0, "train": True}]
+    asked = {**USER, "weight": 0.5}
+    row = {"messages": [message for answer in answers for message in (asked, answer)]}
+    kept = parse_row(row, "messages", "w", None).messages
+    assert kept[0] == asked
+    assert kept[1::2] == ({**ANSWER, "weight": 0.25}, ANSWER, {**ANSWER, "train": False})
 
 
 def test_tool_messages_stand_between_answers():
@@ -140,7 +151,10 @@ MESSAGES_ERRORS = [
     ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], r"messages\[0\] \(user\) has tool_calls"),
     ([USER, {**ANSWER, "function_call": {"name": "f"}}], "has function_call, which no chat template reads"),
     ([USER, {**ANSWER, "weight": 0}], "every answer has train: false or weight 0"),
-    ([USER, {**ANSWER, "weight": 0.5}], r"weight is 0.5; it is 1 \(trained\) or 0"),
+    ([USER, {**ANSWER, "weight": -0.5}], r"weight is -0.5; it is a number from 0 \(not trained\) to 1000"),
+    ([USER, {**ANSWER, "weight": float("nan")}], r"weight is nan; it is a number from 0"),
+    ([USER, {**ANSWER, "weight": "0.5"}], r"weight is '0.5'; it is a number"),
+    ([USER, {**ANSWER, "weight": True}], r"weight is True; it is a number"),
     ([USER, {**ANSWER, "train": "no"}], "train is text, not true or false"),
     ([USER], "has no assistant message, so there is no answer"),
     ([USER, says("assistant", " \n")], r"messages\[1\] is an empty answer of the assistant"),
@@ -174,6 +188,12 @@ OTHER_ERRORS = [
     ({"instruction": "a", "output": ""}, "output is empty"),
     ({"instruction": "a", "output": ["b"]}, "output is a list, not text"),
     ({"instruction": "", "output": "b"}, "instruction is empty"),
+    ({"instruction": "a", "output": "b", "history": 5}, "history is a number, not a list of pairs"),
+    ({"instruction": "a", "output": "b", "history": True}, "history is true or false, not a list of pairs"),
+    ({"instruction": "a", "output": "b", "history": {"q": "a"}}, "history is an object, not a list of pairs"),
+    ({"instruction": "a", "output": "b", "history": "q"}, "history is text, not a list of pairs"),
+    ({"instruction": "a", "output": "b", "history": [5]}, r"history\[0\] is no pair"),
+    ({"messages": "[" * 100_000}, "messages is text, not a list of messages"),
     ({"instruction": "a", "input": 3, "output": "b"}, "input is a number, not text"),
 ]
 
@@ -256,6 +276,46 @@ def test_renamed_roles_and_columns():
         parse_row({"dialog": [{"who": "boss", "said": "Hi"}]}, how, "w")
 
 
+@pytest.mark.parametrize(
+    ("fields", "row", "question", "answer"),
+    [
+        ({"completion": "good"}, {"prompt": "q", "good": "GOOD", "completion": "BAD"}, "q", "GOOD"),
+        ({"prompt": "completion", "completion": "prompt"}, {"prompt": "a", "completion": "q"}, "q", "a"),
+        ({"prompt": "x", "completion": "x"}, {"x": "both"}, "both", "both"),
+        ({"completion": "completion"}, {"prompt": "q", "completion": "a"}, "q", "a"),
+    ],
+)
+def test_a_column_that_is_mapped_wins_over_the_rows_own_of_that_name(fields, row, question, answer):
+    example = parse_row(row, RowFormat("auto", fields), "w")
+    assert (example.prompt, example.completion) == (question, answer)
+    assert example.fields == {}
+
+
+def test_a_mapped_column_wins_over_the_other_name_of_the_same_thing():
+    row = {"instruction": "q", "output": "BAD", "gut": "GOOD"}
+    assert turns(parse_row(row, RowFormat("instruction", {"response": "gut"}), "w"))[-1] == ("assistant", "GOOD")
+    talk = {"messages": [USER, says("assistant", "BAD")], "dialog": [USER, says("assistant", "GOOD")]}
+    for name in ("messages", "conversations"):
+        assert turns(parse_row(talk, RowFormat("auto", {name: "dialog"}), "w"))[-1] == ("assistant", "GOOD")
+
+
+def test_a_mapped_column_that_the_row_lacks_is_not_replaced_by_its_own():
+    row = {"prompt": "q", "completion": "BAD"}
+    with pytest.raises(DataError, match=r'has no "good", which fields gives as completion \(its keys: prompt\)'):
+        parse_row(row, RowFormat("prompt_completion", {"completion": "good"}), "w")
+    with pytest.raises(DataError, match=r"good \(fields.completion\) is null"):
+        parse_row({**row, "good": None}, RowFormat("auto", {"completion": "good"}), "w")
+
+
+def test_every_column_that_a_format_reads_may_be_mapped():
+    for name, right in RIGHT_ROWS.items():
+        row = json.loads(right)
+        assert set(row) <= set(COLUMNS[name])
+        other = {f"my_{key}": value for key, value in row.items()}
+        mapped = parse_row(other, RowFormat(name, {key: f"my_{key}" for key in row}), "w")
+        assert dataclasses.replace(mapped, where="") == dataclasses.replace(parse_row(row, "auto", ""), where="")
+
+
 def test_alpaca_history_and_system():
     row = {
         "instruction": "And 3 + 3?",
@@ -307,13 +367,16 @@ def test_calls_reasoning_and_training_marks_are_kept():
     assert example.tools == (TOOL,)
 
 
-def test_arguments_that_a_table_filled_with_null_are_left_out_and_spelled_ones_kept():
-    def arguments(given):
+def test_null_in_arguments_is_what_a_table_filled_up_or_what_the_row_says():
+    def arguments(given, table):
         row = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": given}]}]}
-        return parse_row(row, "auto", "w").messages[1]["tool_calls"][0]["function"]["arguments"]
+        example = parse_row(row, "auto", "w", table=table)
+        return example.messages[1]["tool_calls"][0]["function"]["arguments"]
 
-    assert arguments({"a": 1, "b": None}) == {"a": 1}
-    assert arguments('{"a": 1, "b": null}') == {"a": 1, "b": None}
+    given = {"a": 1, "b": None, "c": {"d": [{"e": None, "f": 0}, None]}}
+    assert arguments(given, table=True) == {"a": 1, "c": {"d": [{"f": 0}, None]}}
+    assert arguments(given, table=False) == given
+    assert arguments('{"a": 1, "b": null}', table=True) == {"a": 1, "b": None}, "spelled out as text"
 
 
 @pytest.mark.parametrize(

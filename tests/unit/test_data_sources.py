@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -121,6 +122,8 @@ def test_home_folder_in_path(rows_file, tmp_path, monkeypatch):
         ("a,b\n1,2\n", "rows.csv", r"rows.csv:2: the format cannot be told from its keys \(a, b\)"),
         ("prompt,completion\n", "rows.csv", "rows.csv holds no rows"),
         ('prompt,completion\na,"b\n', "rows.csv", r"rows.csv:2: not valid CSV: unexpected end of data"),
+        ("prompt,completion,completion\na,b,c\n", "rows.csv", "rows.csv has 2 columns with the name 'completion'"),
+        ("prompt\tx\tcompletion\tx\na\tb\tc\td\n", "rows.tsv", "rows.tsv has 2 columns with the name 'x'"),
         (b"prompt,completion\na,caf\xe9\n", "rows.csv", r"rows.csv \(after line 1\) is not UTF-8 text"),
         (b"no parquet", "rows.parquet", "rows.parquet is not valid Parquet"),
         (b"no arrow", "rows.arrow", "rows.arrow is not valid Arrow"),
@@ -380,6 +383,61 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert dropped == []
 
 
+def tool(name, **properties):
+    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+def calls_of(name, **arguments):
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    asked = {"role": "assistant", "content": None, "tool_calls": calls}
+    return [CHAT[0], asked, {"role": "tool", "name": name, "content": "42"}, {"role": "assistant", "content": "42"}]
+
+
+CALLS = [
+    {"messages": calls_of("weather", where={"city": "Rome"}), "tools": [tool("weather", city="string"), tool("now")]},
+    {"messages": calls_of("add", numbers=[{"a": 1}, {"b": 2}]), "tools": [tool("add", a="number", b="number")]},
+    {"messages": CHAT, "expected": "Hello!"},
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "stream.arrow", "file.arrow", "saved"])
+def test_the_calls_and_tools_of_a_table_are_those_of_the_same_rows_as_json(tmp_path, name):
+    """A table gives each object the keys of all objects in its column; a model trained on that would learn them."""
+    WRITERS[name][0](tmp_path / name, CALLS)
+    weather, add, plain = load(tmp_path / name)[0]
+    for example, row in ((weather, CALLS[0]), (add, CALLS[1])):
+        assert list(example.tools) == row["tools"]
+        assert example.messages[1]["tool_calls"] == row["messages"][1]["tool_calls"]
+    assert plain.tools == ()
+    assert list(plain.messages) == CHAT
+
+
+def test_the_calls_of_a_hub_dataset_are_those_that_were_written(monkeypatch):
+    fake_hub(monkeypatch, CALLS)
+    weather = load("someone/calls")[0][0]
+    assert list(weather.tools) == CALLS[0]["tools"]
+    assert weather.messages[1]["tool_calls"] == CALLS[0]["messages"][1]["tool_calls"]
+
+
+def test_separators_at_the_ends_of_lines_are_no_columns_of_one_name(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,,\na,b,,\n")
+    (example,) = load(tmp_path / "rows.csv")[0]
+    assert (example.prompt, example.completion) == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "file.arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, name):
+    table = pyarrow.Table.from_arrays([pyarrow.array([text]) for text in "qab"], ["prompt", "completion", "completion"])
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=f"{name} has 2 columns with the name 'completion'"):
+        load(tmp_path / name)
+
+
 def test_a_csv_row_that_spans_lines_is_named_by_its_first(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"a\nb",c\nd,e,f\ng,h\n')
@@ -410,6 +468,42 @@ def test_folders_and_patterns(tmp_path):
     assert answers(load(tmp_path / "rows" / "*.json*")[0]) == ["a", "b"]
     assert answers(load(tmp_path / "rows" / "**" / "*.parquet")[0]) == ["c"]
     assert load(tmp_path / "rows")[0][1].where == f"{tmp_path}/rows/b.jsonl:1"
+
+
+def test_a_history_that_is_none_names_its_line_or_is_dropped(tmp_path):
+    right = {"instruction": "a", "output": "b", "history": [["q", "a"]]}
+    write_jsonl(tmp_path / "a.jsonl", [right, {**right, "history": 5}, {**right, "history": True}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: history is a number.*\n.*a\.jsonl:3: history is true or false"):
+        load(tmp_path / "a.jsonl")
+    examples, dropped = load(tmp_path / "a.jsonl", on_bad_row="drop")
+    assert (len(examples), len(dropped)) == (1, 2)
+
+
+def test_names_of_columns_that_the_rows_format_lacks_are_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row("a")])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: fields names prompt: the format messages does not have such a column"
+    ):
+        load(tmp_path / "a.jsonl", fields={"prompt": "frage"})
+
+
+def test_a_folder_with_another_trainers_dataset_info_is_a_folder_of_files(tmp_path):
+    """LLaMA-Factory lists its data sets in a file that has the name of one that `save_to_disk` leaves."""
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"mine": {"file_name": "rows.json"}}))
+    write_json(tmp_path / "rows.json", [row("a")])
+    write_jsonl(tmp_path / "state.jsonl", [row("b")])
+    assert answers(load(tmp_path)[0]) == ["a", "b"]
+    assert answers(load(tmp_path / "*.json")[0]) == ["a"]
+
+
+def test_a_folder_above_saved_datasets_holds_their_rows(tmp_path):
+    write_saved(tmp_path / "all" / "one", [row("a")])
+    write_saved(tmp_path / "all" / "two", [row("b")])
+    assert answers(load(tmp_path / "all")[0]) == ["a", "b"]
+    (tmp_path / "all" / "three").mkdir()
+    write_json(tmp_path / "all" / "three" / "state.json", [row("c")])
+    assert answers(load(tmp_path / "all")[0]) == ["a", "c", "b"], "a file of that name in another folder is data"
 
 
 def test_sources_are_mixed_with_weights_and_caps(tmp_path):
@@ -454,15 +548,116 @@ def test_an_array_is_read_piece_by_piece(tmp_path, monkeypatch):
             list(file_rows(path, "rows.json"))
 
 
-def test_memory_does_not_grow_with_an_array(tmp_path):
-    import tracemalloc
+DATA_OBJECTS = [
+    '{"data": %s}',
+    '{"version": 1.5, "about": {"data": [1], "by": ["a]", "}"]},\n "data": %s, "more": null, "n": -12}\n\n',
+    '\n \n{"data":\n%s\n}',
+    "\ufeff%s",
+]
+
+
+@pytest.mark.parametrize("around", DATA_OBJECTS)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_array_data_of_an_object_is_read_piece_by_piece(tmp_path, monkeypatch, around, indent):
+    from sft_dist.data import json_rows
+
+    records = [row("\u6771\u4eac]},[" * n, id=1234567890) for n in range(4)] + [12345]
+    path = tmp_path / "rows.json"
+    path.write_text(around % json.dumps(records, ensure_ascii=False, indent=indent), encoding="utf-8")
+    monkeypatch.setattr(json_rows, "_whole_json_rows", None)
+    for size in (1, 2, 3, 7, 64, 2**20):
+        monkeypatch.setattr(json_rows, "PIECE", size)
+        assert [found.record for found in file_rows(path, "rows.json")] == records
+        assert [found.number for found in file_rows(path, "rows.json")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("size", [5, 64, 2**20])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n  \n", "\ufeff\n"])
+def test_lines_in_a_json_file_are_read_as_lines(tmp_path, monkeypatch, size, before):
+    """A row of lines may have a column `data` as well, and the lines keep their numbers."""
+    from sft_dist.data import json_rows
+
+    monkeypatch.setattr(json_rows, "PIECE", size)
+    monkeypatch.setattr(json_rows, "_whole_json_rows", None)
+    path = tmp_path / "rows.json"
+    path.write_text(f"{before}{lines(row('a', data=[1]), row('b'))}\n", encoding="utf-8")
+    examples, _ = load(path)
+    assert answers(examples) == ["a", "b"]
+    assert [example.where for example in examples] == [f"{path}:{n + before.count(chr(10))}" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": [{}, {}], "more": }', "not valid JSON: Expecting value at column 28"),
+        ('{"data": [{}, {}]', "not valid JSON: Expecting ',' delimiter"),
+        ('{"data": [{} {}]}', "not valid JSON: Expecting ',' delimiter"),
+        ('{\n"data": [{}]}\n{"data": [{}]}', "rows.json:3: not valid JSON: Extra data"),
+        ("[{}]\n[{}]", "rows.json:2: not valid JSON: Extra data"),
+        ('{"data": [{}], "data": [{}]}', 'rows.json holds "data" more than once'),
+        ('{"data": {"a": [{}]}}', 'holds one JSON object without a list "data"'),
+        ('{"rows": [{}]}', 'holds one JSON object without a list "data"'),
+        ('{"data": [{}]}\xff', "rows.json is not UTF-8 text"),
+        ('{"data": [{}], 5: 1}', "not valid JSON: Expecting property name"),
+    ],
+)
+def test_what_is_wrong_behind_the_first_rows_of_an_object_is_said(tmp_path, monkeypatch, text, message):
+    from sft_dist.data import json_rows
 
     path = tmp_path / "rows.json"
-    with path.open("w") as stream:
-        stream.write("[" + ",\n".join(json.dumps(row("x" * 1000)) for _ in range(20_000)) + "]")
+    path.write_bytes(text.encode("latin-1"))
+    for size in (1, 3, 2**20):
+        monkeypatch.setattr(json_rows, "PIECE", size)
+        with pytest.raises(DataError, match=message):
+            list(file_rows(path, "rows.json"))
+
+
+def compressed(write):
+    return lambda path, texts: path.write_bytes(gzip.compress(write(texts).encode(), compresslevel=1))
+
+
+def plain(write):
+    return lambda path, texts: path.write_text(write(texts))
+
+
+LARGE = {
+    "array.json": plain(lambda rows: "[" + ",\n".join(rows) + "]"),
+    "one line.json": plain(lambda rows: "[" + ", ".join(rows) + "]"),
+    "lines.json": plain("\n".join),
+    "data.json": plain(lambda rows: '{"version": 1,\n"data": [' + ",\n".join(rows) + "]}"),
+    "data in one line.json": plain(lambda rows: '{"data": [' + ", ".join(rows) + "]}"),
+    "data in one line.json.gz": compressed(lambda rows: '{"data": [' + ", ".join(rows) + "]}"),
+    "lines.json.gz": compressed("\n".join),
+    "lines.jsonl": plain("\n".join),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_does_not_grow_with_a_json_file(tmp_path, name):
+    import tracemalloc
+
+    path = tmp_path / name
+    LARGE[name](path, [json.dumps(row(f"{n:08}" * 125)) for n in range(20_000)])
     tracemalloc.start()
-    count = sum(1 for _ in file_rows(path, "rows.json"))
+    count = sum(1 for _ in file_rows(path, name))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 20_000
-    assert peak < path.stat().st_size / 2
+    assert peak < 8 * 2**20, "of 21 MB, a few pieces of 1 MB"
+
+
+def test_memory_does_not_grow_with_a_group_of_rows(tmp_path):
+    """Parquet is often written with one group of rows for all; what Arrow holds at any time is a small part of it."""
+    generator = random.Random(1)
+    texts = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz ", k=1000)) for _ in range(15_000)]
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"prompt": texts, "completion": texts[::-1]})
+    pyarrow.parquet.write_table(table, path, row_group_size=len(texts), use_dictionary=False)
+    del table
+    assert path.stat().st_size > 15 * 2**20
+    before, held, count = pyarrow.total_allocated_bytes(), [], 0
+    for count, _ in enumerate(file_rows(path, "rows.parquet"), 1):
+        if count % 500 == 1:
+            held.append(pyarrow.total_allocated_bytes() - before)
+    assert count == 15_000
+    assert max(held) < 10 * 2**20

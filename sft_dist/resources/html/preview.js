@@ -2,19 +2,20 @@
 const rows = JSON.parse(document.getElementById("data").textContent);
 const search = document.getElementById("search"), order = document.getElementById("order");
 const place = document.getElementById("rows"), more = document.getElementById("more"), count = document.getElementById("count");
-const KINDS = { t: "trained", m: "masked", b: "boundary", B: "boundary trained", c: "cut", u: "unknown" };
+const KINDS = { t: "trained", m: "masked", b: "boundary", B: "boundary trained", c: "cut", u: "unknown", p: "padding", d: "document", x: "weight" };
 const RANKS = {
   worst: (row) => -row.badness, cut: (row) => -row.cut, share: (row) => row.share, length: (row) => -row.length,
-  unknown: (row) => -row.unknown, number: (row) => row.number,
+  unknown: (row) => -row.unknown, padding: (row) => -row.padding, number: (row) => row.number,
 };
-const PAGE = 50;
+const PAGE = 50, SPANS = 50000;
 let found = [], drawn = 0;
 for (const row of rows) row.text = (row.where + "\n" + row.tokens.map((token) => token[1]).join("")).toLowerCase();
 
 function card(row) {
   const article = document.createElement("article"), header = document.createElement("header"), body = document.createElement("pre");
   header.textContent = `${row.where} · ${row.length} tokens, ${row.trained} trained (${(100 * row.share).toFixed(1)} %)` +
-    (row.cut ? `, ${row.cut} beyond max_length` : "") + (row.unknown ? `, ${row.unknown} unknown` : "");
+    (row.cut ? `, ${row.cut} beyond max_length` : "") + (row.unknown ? `, ${row.unknown} unknown` : "") +
+    (row.documents > 1 ? `, ${row.documents} documents` : "") + (row.padding ? `, ${row.padding} of padding` : "");
   for (const [kind, text] of row.tokens) {
     const span = document.createElement("span");
     span.className = KINDS[kind];
@@ -26,8 +27,13 @@ function card(row) {
 }
 
 function draw() {
-  place.append(...found.slice(drawn, drawn + PAGE).map(card));
-  drawn = Math.min(found.length, drawn + PAGE);
+  const last = Math.min(found.length, drawn + PAGE);
+  let spans = 0;
+  while (drawn < last && spans < SPANS) {
+    spans += found[drawn].tokens.length;
+    place.append(card(found[drawn]));
+    drawn += 1;
+  }
   more.hidden = drawn === found.length;
   count.textContent = `${found.length} of ${rows.length} rows, ${drawn} shown`;
 }

@@ -1,0 +1,59 @@
+"""Where in a rendered conversation the words of a message stand that is not the assistant's, for which no template has marks."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+from sft_dist.data.example import Message
+from sft_dist.data.template import Span
+from sft_dist.errors import ConfigError
+
+
+def marked(messages: Sequence[Message]) -> list[int]:
+    """The messages, none of them the assistant's, that say themselves how much their words count in the loss."""
+    own = ("train", "weight")
+    return [i for i, it in enumerate(messages) if it["role"] != "assistant" and any(key in it for key in own)]
+
+
+def refuse_without_effect(messages: Sequence[Message], loss_on: str) -> None:
+    """Raises ConfigError for a weight of a message that is masked whatever it says; left untrained it is anyway."""
+    for index in marked(messages):
+        if "weight" in messages[index]:
+            role, weight = messages[index]["role"], messages[index]["weight"]
+            raise ConfigError(
+                f"message {index} ({role}) has the weight {weight:g}, which has no effect: data.loss_on={loss_on} does not "
+                "train it; take the weight out, or set data.loss_on=all"
+            )
+
+
+def spans_of_others(
+    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], text: str, tokens: re.Pattern[str]
+) -> dict[int, list[Span]]:
+    """Where in `text`, which `render` makes of the messages, the `marked` ones stand.
+
+    Each span holds the words and, as an answer's does, the one of `tokens` that follows at once and so ends the turn.
+    """
+    found = {}
+    for index in marked(messages):
+        if messages[index]["content"].strip():
+            begin, end = _words(render, messages, index, text)
+            ending = tokens.match(text, end)
+            found[index] = [(begin, ending.end() if ending else end)]
+    return found
+
+
+def _words(render: Callable[[Sequence[Message]], str], messages: Sequence[Message], index: int, text: str) -> Span:
+    # Rendered with other words in their place, the conversation is the same before and after them, unless the template
+    # writes them twice, or more than them depends on them.
+    other = next(word for n in itertools.count() if (word := f"WORDS{n}INPLACE") not in text)
+    changed = render([*messages[:index], {**messages[index], "content": other}, *messages[index + 1 :]])
+    before, found, after = changed.partition(other)
+    end = len(text) - len(after)
+    if found and len(before) <= end and text.startswith(before) and text.endswith(after) and other not in after:
+        return (len(before), end)
+    raise ConfigError(
+        f"the chat template writes the words of message {index} ({messages[index]['role']}) so that they cannot be told from "
+        "the rest, and its train or weight cannot be followed; take these out, or set model.chat_template=chatml"
+    )
