@@ -1,4 +1,7 @@
-"""`python -m sft_dist.evaluate RUN_DIR before|after`: ask and score in a process of its own, on one device."""
+"""`python -m sft_dist.evaluate RUN_DIR before|after [PLACE/PROCESSES]`: ask and score in a process of its own.
+
+With PLACE it is one of several, answers its share and scores nothing (evaluate/sharing.py starts it so).
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,31 @@ from sft_dist.rundir import RunDir
 def main(arguments: list[str]) -> int:
     """Write eval/WHEN.jsonl and scores.json of the run; the exit status is that of the error."""
     log_to_stderr()
-    if len(arguments) != 2 or arguments[1] not in ("before", "after"):
-        sys.stderr.write("usage: python -m sft_dist.evaluate RUN_DIR before|after\n")
+    run, when, share = (*arguments, "0/1")[:3] if len(arguments) in (2, 3) else ("", "", "")
+    place, _, processes = share.partition("/")
+    if when not in ("before", "after") or not (place.isdigit() and processes.isdigit() and int(place) < int(processes)):
+        sys.stderr.write("usage: python -m sft_dist.evaluate RUN_DIR before|after [PLACE/PROCESSES]\n")
         return 2
-    when: Literal["before", "after"] = "before" if arguments[1] == "before" else "after"
-    return status_of(lambda: _evaluate(RunDir(Path(arguments[0])), when))
+    chosen: Literal["before", "after"] = "before" if when == "before" else "after"
+    return status_of(lambda: _evaluate(RunDir(Path(run)), chosen, int(place), int(processes)))
 
 
-def _evaluate(run: RunDir, when: Literal["before", "after"]) -> None:
+def _evaluate(run: RunDir, when: Literal["before", "after"], place: int, processes: int) -> None:
     from sft_dist.parallel.resolve import one_process
     from sft_dist.train.settle import resolve_here, unused_packages
 
-    with leaving_words(run, 0):
+    with leaving_words(run if place == 0 else None, 0):
         config = load_run_config(run.config)
         resolved = resolve_here(one_process(config))
         leave_out(unused_packages(config, resolved))
-        from sft_dist.evaluate.compare import evaluate_model, load_for
+        from sft_dist.evaluate.compare import answer_share, evaluate_model, load_for
+        from sft_dist.evaluate.sharing import devices_for
 
-        evaluate_model(config, run, load_for(config, run, resolved, when), when)
+        loaded = load_for(config, run, resolved, when)
+        if place:
+            answer_share(config, run, loaded, when, place, processes)
+        else:
+            evaluate_model(config, run, loaded, when, devices=devices_for(config, resolved))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_dist.config.schema import Config
-from sft_dist.data.example import Example, expected_answer, prompt_messages
-from sft_dist.data.sources import load_examples
-from sft_dist.errors import CheckpointError, DataError
+from sft_dist.errors import CheckpointError
+from sft_dist.evaluate.held_out import complete_held_out, read_held_out
+from sft_dist.export import ADAPTER, write_card
 from sft_dist.files import read_jsonl, write_json, write_jsonl
 from sft_dist.process import libraries_are_in
 from sft_dist.rundir import RunDir
+from sft_dist.train.environment import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sft_dist.evaluate.generate import Prompt
+    from sft_dist.evaluate.asked import Asked
     from sft_dist.parallel.resolve import Resolved
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
 
     Raises CheckpointError if the run has no final model yet.
     """
-    from sft_dist.train.adapter import ADAPTER, with_adapter
+    from sft_dist.train.adapter import with_adapter
     from sft_dist.train.model import load_model
     from sft_dist.train.tokenizer import load_tokenizer
 
@@ -70,126 +71,108 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
     return Loaded(model.eval(), tokens.tokenizer)
 
 
-def evaluate_model(config: Config, run: RunDir, loaded: Loaded, when: When) -> None:
-    """Write eval/WHEN.jsonl, and scores.json if there are held-out rows."""
+def evaluate_model(
+    config: Config, run: RunDir, loaded: Loaded, when: When, *, again: bool = False, devices: Sequence[str] = ()
+) -> None:
+    """Write eval/WHEN.jsonl, and scores.json if there are held-out rows.
+
+    What eval/asked-WHEN.jsonl holds of the same model is not asked again, unless `again`. With several `devices`, and enough
+    rows for them, a process on each but the first answers its share.
+    """
+    from sft_dist.evaluate.ask import ask, score_set
+    from sft_dist.evaluate.harness import harness_rows
+    from sft_dist.evaluate.sharing import share_out, worth_it
+
     started = time.monotonic()
-    if config.evaluate.data is not None and not run.held_out.is_file():
-        # A run that `python -m sft_dist.train CONFIG` made, which evaluates nothing, has not kept them yet.
-        write_held_out(run, held_out_rows(config, loaded.tokenizer))
-    held_out = read_held_out(run)
-    rows = _ask(config, loaded)
-    rows += _score(config, loaded, held_out) if held_out else []
+    sets = config.evaluate.all_sets
+    complete_held_out(config, run, loaded.tokenizer)
+    asked = _asked(config, run, loaded, when, again=again)
+    held_out = {it.name: read_held_out(run, it.name) for it in sets}
+    if devices := worth_it(devices, config, len(config.evaluate.questions) + sum(map(len, held_out.values()))):
+        share_out(run, when, asked, devices, lambda: _answer(config, run, loaded, asked))
+    rows = ask(config, loaded, asked)
+    for spec in sets:
+        rows += score_set(config, loaded, spec, held_out[spec.name], asked)
+    rows += harness_rows(config, loaded, asked)
     write_jsonl(run.eval / f"{when}.jsonl", rows)
     log.info("%s training: %d answers in %.0f s", when, len(rows), time.monotonic() - started)
-    if held_out:
+    if sets or config.evaluate.harness:
         update_scores(run)
+    if when == "after" and (run.model / "DONE").is_file():
+        write_card(run, config, versions(), run.model)
+
+
+def answer_share(config: Config, run: RunDir, loaded: Loaded, when: When, place: int, processes: int) -> None:
+    """Answer the batches of one of several processes, and keep them for the one that scores."""
+    asked = _asked(config, run, loaded, when, place=place)
+    with asked.only(place, processes):
+        _answer(config, run, loaded, asked)
+
+
+def _answer(config: Config, run: RunDir, loaded: Loaded, asked: Asked) -> None:
+    from sft_dist.evaluate.ask import answer_set, ask
+    from sft_dist.evaluate.harness import harness_rows
+
+    harness_rows(config, loaded, asked)
+    ask(config, loaded, asked)
+    for spec in config.evaluate.all_sets:
+        answer_set(config, loaded, spec, read_held_out(run, spec.name), asked)
+
+
+def _asked(config: Config, run: RunDir, loaded: Loaded, when: When, *, again: bool = False, place: int = 0) -> Asked:
+    from sft_dist.evaluate.asked import Asked
+
+    path = run.eval / f"asked-{when}.jsonl"
+    if again:
+        for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
+            file.unlink()
+    return Asked(path, _identity(config, run, loaded, when), config.run.seed, place)
+
+
+def _identity(config: Config, run: RunDir, loaded: Loaded, when: When) -> list[str]:
+    """Which model answers: the base by its name, the final one by when it was published; both by how they compute."""
+    base = config.model
+    named = [str(value) for value in (base.name, base.revision, base.tokenizer, base.lora and base.lora.quantization)]
+    done = run.model / "DONE"
+    published = [done.read_text(encoding="utf-8").strip()] if when == "after" and done.is_file() else []
+    return [when, *named, *published, str(loaded.model.dtype), str(loaded.model.device.type)]
 
 
 def update_scores(run: RunDir) -> None:
     """Write scores.json from eval/before.jsonl and eval/after.jsonl, as far as they are there."""
+    from sft_dist.config.loader import load_run_config
+    from sft_dist.evaluate.metrics import OURS, TASKS, Meaning, first_score
     from sft_dist.evaluate.score import summarise
+    from sft_dist.evaluate.summary import set_scores
 
     parts = {when: read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after")}
-    scored = {when: [row for row in rows if row["kind"] == "scored"] for when, rows in parts.items()}
+    scored = {
+        when: [row for row in rows if row["kind"] == "scored" and row.get("set", "data") == "data"]
+        for when, rows in parts.items()
+    }
     scores: dict[str, Any] = {when: summarise(rows) for when, rows in scored.items() if rows}
-    scores["n"] = max(len(rows) for rows in scored.values())
+    if scores:
+        scores["n"] = max(len(rows) for rows in scored.values())
+    evaluate = load_run_config(run.config).evaluate
+    tasks = evaluate.harness.tasks if evaluate.harness else ()
+    named: list[tuple[str, str | None, Meaning]] = [(it.name, first_score(it), OURS) for it in evaluate.all_sets]
+    named += [(name, None, TASKS) for name in tasks]
+    scores["sets"] = {}
+    for name, first, meaning in named:
+        before, after = ([row for row in rows if row.get("set") == name] for rows in parts.values())
+        scores["sets"][name] = set_scores(first, before, after, meaning)
     write_json(run.scores, scores)
+
+
+def base_lacks(config: Config, run: RunDir) -> list[str]:
+    """The sets and tasks that the base model was not asked, of a run that it was asked for."""
+    if not config.evaluate.before or not (run.eval / "before.jsonl").is_file():
+        return []
+    there = {row.get("set", "data") for row in read_jsonl(run.eval / "before.jsonl") if row["kind"] == "scored"}
+    tasks = config.evaluate.harness.tasks if config.evaluate.harness else ()
+    return [name for name in (*(spec.name for spec in config.evaluate.all_sets), *tasks) if name not in there]
 
 
 def wants_evaluation(config: Config) -> bool:
     """Whether the config asks or scores anything at all."""
-    return bool(config.evaluate.questions) or config.evaluate.data is not None
-
-
-def held_out_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The rows to score, read from their source; [] if the config has none.
-
-    Raises DataError for a row whose answer is not among the labels, ConfigError for a label that cannot be scored.
-    """
-    from sft_dist.evaluate.likelihood import candidate
-
-    source, labels = config.evaluate.data, config.evaluate.labels
-    if source is None:
-        return []
-    system = config.evaluate.system or config.data.system
-    examples = load_examples(source, system=system, on_bad_row=config.data.on_bad_row)[0]
-    for example in examples:
-        expected = expected_answer(example).strip()
-        if labels and expected not in labels:
-            raise DataError(
-                f"{example.where}: the expected answer {expected!r} is not one of evaluate.labels {list(labels)}",
-                hint="add it to evaluate.labels, or set evaluate.labels=[] to score by exact match only",
-            )
-        for label in labels:
-            candidate(tokenizer, prompt_of(example), label, config.evaluate.generation.enable_thinking)
-    return examples
-
-
-def prompt_of(example: Example) -> Prompt:
-    """What a model is given of a held-out row: the messages before the last answer, or the plain prompt."""
-    return list(prompt_messages(example)) if example.messages else str(example.prompt)
-
-
-def write_held_out(run: RunDir, examples: Sequence[Example]) -> None:
-    """Keep the held-out rows in the run, so that before and after are scored on the same ones, whenever that is."""
-    if examples:
-        write_jsonl(run.held_out, [asdict(example) for example in examples])
-
-
-def read_held_out(run: RunDir) -> list[Example]:
-    """The rows that `write_held_out` kept."""
-    rows = read_jsonl(run.held_out)
-    return [
-        Example(**{**row, "messages": tuple(row["messages"]), "tools": tuple(row.get("tools", ()))}) for row in rows
-    ]
-
-
-def _ask(config: Config, loaded: Loaded) -> list[dict[str, Any]]:
-    from sft_dist.evaluate.generate import generate
-
-    evaluate = config.evaluate
-    if not evaluate.questions:
-        return []
-    system = evaluate.system or config.data.system
-    opening = [{"role": "system", "content": system}] if system else []
-    prompts = [[*opening, {"role": "user", "content": question}] for question in evaluate.questions]
-    answers = generate(loaded.model, loaded.tokenizer, prompts, evaluate.generation)
-    return [
-        {"kind": "question", "prompt": prompt, "answer": answer}
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-
-
-def _score(config: Config, loaded: Loaded, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    from sft_dist.evaluate.generate import generate
-    from sft_dist.evaluate.likelihood import label_logprobs
-    from sft_dist.evaluate.score import exact_match
-
-    labels = config.evaluate.labels
-    prompts = [prompt_of(row) for row in examples]
-    answers = generate(loaded.model, loaded.tokenizer, prompts, config.evaluate.generation)
-    logprobs: list[dict[str, float]] = [{} for _ in examples]
-    if labels:
-        options = config.evaluate.generation
-        logprobs = label_logprobs(
-            loaded.model, loaded.tokenizer, prompts, labels, options.batch_size, options.enable_thinking
-        )
-    rows = []
-    for index, (example, prompt, answer, scores) in enumerate(zip(examples, prompts, answers, logprobs, strict=True)):
-        expected = expected_answer(example).strip()
-        best = max(scores, key=lambda label: scores[label]) if scores else None
-        rows.append(
-            {
-                "kind": "scored",
-                "index": index,
-                "category": example.fields.get(config.evaluate.category_field),
-                "prompt": prompt,
-                "expected": expected,
-                "answer": answer,
-                "exact_match": exact_match(answer, expected),
-                "predicted_label": best,
-                "label_correct": None if best is None else best == expected,
-                "label_logprobs": {label: round(value, 6) for label, value in scores.items()} or None,
-            }
-        )
-    return rows
+    return bool(config.evaluate.questions or config.evaluate.all_sets or config.evaluate.harness)

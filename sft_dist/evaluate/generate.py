@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sft_dist.config.schema import GenerationConfig
 from sft_dist.data.template import render
+from sft_dist.evaluate.asked import Asked, by_batches
+from sft_dist.evaluate.continuous import BATCHES_AT_ONCE, answers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,23 +37,48 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, enable_thinki
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: GenerationConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    options: GenerationConfig,
+    asked: Asked | None = None,
 ) -> list[str]:
     """One answer a prompt, in the order of `prompts`, without special tokens and surrounding white space.
 
-    Prompts of similar length share a batch, so that little is padded.
+    Prompts of similar length share a batch, so that little is padded. With `asked`, what stands there is not asked again,
+    and sampling draws the same each time.
     """
     encoded = [prompt_ids(tokenizer, prompt, options.enable_thinking) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), options.batch_size):
-        batch = order[start : start + options.batch_size]
+    chosen = settings(model, tokenizer, options)
+    # A CPU computes what is padded beside what is not; there batches are as good.
+    continuous = options.engine == "continuous" and model.device.type != "cpu"
+    told = options.model_dump(exclude={"batch_size"} if continuous else {"batch_size", "engine"})
+    keys = [asked.key("answer", told, index, ids) for index, ids in enumerate(encoded)] if asked else ()
+
+    def answer(batch: list[int]) -> list[str]:
+        if continuous:
+            seed = None if asked is None else asked.seed + batch[0]
+            told_ids = answers_of(model, [encoded[index] for index in batch], chosen, seed)
+            return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in told_ids]
         inputs = left_pad([encoded[index] for index in batch], int(tokenizer.pad_token_id), model.device)
-        output = model.generate(**inputs, generation_config=settings(model, tokenizer, options))
+        with _drawn_from(None if asked is None else asked.seed + batch[0], model.device):
+            output = model.generate(**inputs, generation_config=chosen)
         width = inputs["input_ids"].shape[1]
-        for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return answers
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[:, width:].tolist()]
+
+    at_once = options.batch_size * (BATCHES_AT_ONCE if continuous else 1)
+    return by_batches([len(ids) for ids in encoded], at_once, answer, asked, keys)
+
+
+@contextlib.contextmanager
+def _drawn_from(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers that begin at `seed`; those of the process go on afterwards as if none had been drawn."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

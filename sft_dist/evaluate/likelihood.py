@@ -15,6 +15,7 @@ import torch
 
 from sft_dist.data.template import render
 from sft_dist.errors import ConfigError
+from sft_dist.evaluate.asked import Asked, by_batches
 from sft_dist.evaluate.generate import Prompt, left_pad, prompt_text
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ class Candidate:
 
 
 def candidate(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, label: str, enable_thinking: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    label: str,
+    enable_thinking: bool | None = None,
+    what: str = "evaluate.labels",
 ) -> Candidate:
     """The tokens of `label` as they follow the prompt; a token that spans the border counts to the label.
 
-    Raises ConfigError if the label has none.
+    Raises ConfigError if the label has none, which names `what` it is.
     """
     text, templated = prompt_text(tokenizer, prompt, enable_thinking)
     answered, start = _answered(tokenizer, prompt, text, label)
@@ -42,8 +47,8 @@ def candidate(
     inside = [index for index, (begin, end) in enumerate(encoded["offset_mapping"]) if end > max(begin, start)]
     if not label.strip() or not inside:
         raise ConfigError(
-            f"evaluate.labels: {label!r} tokenises to nothing, so it has no likelihood",
-            hint="remove the label, or write it with characters that the tokenizer knows",
+            f"{what}: {label!r} tokenises to nothing, so it has no likelihood",
+            hint="remove it, or write it with characters that the tokenizer knows",
         )
     return Candidate(list(encoded["input_ids"]), inside[0])
 
@@ -59,7 +64,7 @@ def _answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, lab
     return text + glue + label, len(text + glue)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference mode: a model that trains on may keep tables that it makes here
 def label_logprobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,23 +72,59 @@ def label_logprobs(
     labels: Sequence[str],
     batch_size: int = 8,
     enable_thinking: bool | None = None,
+    asked: Asked | None = None,
 ) -> list[dict[str, float]]:
     """For each prompt the score of each label, in the order given.
 
-    A batch of prompts goes through the model once; its key/value cache then serves all labels.
+    A batch of prompts goes through the model once; its key/value cache then serves all labels. With `asked`, what stands
+    there is not computed again.
     """
     rows = [[candidate(tokenizer, prompt, label, enable_thinking) for label in labels] for prompt in prompts]
     shared = [_shared_length(row) for row in rows]
-    order = sorted(range(len(prompts)), key=lambda index: shared[index])
-    scores: list[dict[str, float]] = [{} for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    keys = [asked.key("labels", index, [it.ids for it in row]) for index, row in enumerate(rows)] if asked else ()
+
+    def score(batch: list[int]) -> list[dict[str, float]]:
         values = _score_batch(
             model, [rows[index] for index in batch], [shared[index] for index in batch], int(tokenizer.pad_token_id)
         )
-        for row, index in enumerate(batch):
-            scores[index] = dict(zip(labels, values[row].tolist(), strict=True))
-    return scores
+        return [dict(zip(labels, row, strict=True)) for row in values.tolist()]
+
+    return by_batches(shared, batch_size, score, asked, keys)
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    batch_size: int = 8,
+    enable_thinking: bool | None = None,
+    asked: Asked | None = None,
+) -> list[tuple[float, int]]:
+    """For each prompt the log-probability of its answer, summed over the answer's tokens, and how many these are.
+
+    Natural logarithm; the end-of-turn token is not counted. Raises ConfigError for an answer without tokens.
+    """
+    rows = [
+        candidate(tokenizer, prompt, text, enable_thinking, what="an expected answer")
+        for prompt, text in zip(prompts, answers, strict=True)
+    ]
+    keys = [asked.key("logprob", index, row.ids, row.first) for index, row in enumerate(rows)] if asked else ()
+
+    def score(batch: list[int]) -> list[tuple[float, int]]:
+        chosen = [rows[index] for index in batch]
+        inputs = left_pad([row.ids for row in chosen], int(tokenizer.pad_token_id), model.device)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        counts = [len(row.ids) - max(row.first, 1) for row in chosen]
+        longest = max(counts)
+        # The answers stand at the right edge: only there are the vocabulary's scores computed.
+        logits = model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=longest + 1).logits
+        targets = inputs["input_ids"][:, -longest:]
+        found = logits[:, -longest - 1 : -1].float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0].cpu()
+        return [(float(row[longest - count :].double().sum()), count) for row, count in zip(found, counts, strict=True)]
+
+    return by_batches([len(row.ids) for row in rows], batch_size, score, asked, keys)
 
 
 def _shared_length(row: Sequence[Candidate]) -> int:

@@ -14,6 +14,7 @@ from sft_dist.config.schema import GenerationConfig
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.evaluate import compare
 from sft_dist.evaluate.compare import Loaded, evaluate_model
+from sft_dist.evaluate.continuous import answers_of
 from sft_dist.evaluate.generate import generate, left_pad, prompt_ids, settings
 from sft_dist.evaluate.likelihood import candidate, label_logprobs
 from sft_dist.evaluate.score import exact_match, summarise
@@ -82,6 +83,17 @@ def test_a_batch_answers_like_each_prompt_alone(loaded: Loaded, batch_size: int)
     expected = [as_text(loaded, ids) for ids in one_by_one(loaded, PROMPTS)]
     assert len(set(expected)) == len(PROMPTS), "the model says the same to everything: a vain test"
     assert generate(loaded.model, loaded.tokenizer, PROMPTS, options(batch_size=batch_size)) == expected
+
+
+def test_continuous_batching_answers_like_each_prompt_alone(loaded: Loaded) -> None:
+    """On a CPU with a small cache, by the function that GPUs use; prompts wait for the place of others that are answered."""
+    rows = [prompt_ids(loaded.tokenizer, prompt) for prompt in PROMPTS]
+    chosen = settings(loaded.model, loaded.tokenizer, options())
+    small = {"page_size": 32, "num_blocks": 24, "max_batch_tokens": 64, "use_cuda_graph": False}
+    found = answers_of(loaded.model, rows, chosen, 1, **small)
+    assert found == one_by_one(loaded, PROMPTS)
+    again = options(engine="continuous", batch_size=2)
+    assert generate(loaded.model, loaded.tokenizer, PROMPTS, again) == [as_text(loaded, ids) for ids in found]
 
 
 def test_answers_come_in_the_order_of_the_prompts(loaded: Loaded) -> None:
@@ -388,7 +400,7 @@ def test_evaluation_writes_answers_and_scores(loaded: Loaded, new_run: NewRun, m
     expected = [example.fields["category"] for example in examples]
     asked_for: list[Any] = []
 
-    def answer(model: Any, tokenizer: Any, prompts: Sequence[Any], options: Any) -> list[str]:
+    def answer(model: Any, tokenizer: Any, prompts: Sequence[Any], options: Any, asked: Any) -> list[str]:
         asked_for.extend(prompts)
         return ["Hi!", "Bye!"] if len(prompts) == 2 else [f" {expected[0]}\n", *["wrong"] * 5]
 
@@ -409,7 +421,11 @@ def test_evaluation_writes_answers_and_scores(loaded: Loaded, new_run: NewRun, m
     assert part == summarise(rows)
     assert part["exact_match"] == pytest.approx(1 / 6, abs=1e-6)
     assert part["by_category"][expected[0]]["exact_match"] > 0
-    assert read_json(run.scores) == {"before": part, "n": 6}
+    scores = read_json(run.scores)
+    assert scores == {"before": part, "n": 6, "sets": scores["sets"]}
+    assert list(scores["sets"]) == ["data"]
+    assert scores["sets"]["data"]["scores"]["exact"]["before"] == part["exact_match"]
+    assert scores["sets"]["data"]["scores"]["label"]["before"] == part["label_accuracy"]
 
 
 def test_the_answer_is_not_in_the_question(loaded: Loaded, new_run: NewRun) -> None:
@@ -440,8 +456,14 @@ def finished(
 
 def test_scores_json_has_exactly_the_shape_of_the_contract(finished: RunDir) -> None:
     scores = read_json(finished.scores)
-    assert set(scores) == {"before", "after", "n"}
+    assert set(scores) == {"before", "after", "n", "sets"}
     assert scores["n"] == 6
+    (found,) = scores["sets"].values()
+    assert set(found) == {"n", "first", "scores", "by_category", "gains", "losses"}
+    assert (found["n"], found["first"], set(found["scores"])) == (6, "exact", {"exact", "label"})
+    for part in (found["scores"], *(inside["scores"] for inside in found["by_category"].values())):
+        assert part["exact"]["before"] is not None
+        assert part["exact"]["test"] == "mcnemar"
     for when in ("before", "after"):
         assert set(scores[when]) == {"exact_match", "label_accuracy", "by_category"}
         assert scores[when] == summarise(read_jsonl(finished.eval / f"{when}.jsonl"))
@@ -477,6 +499,13 @@ def test_evaluate_again_gives_the_same_scores(finished: RunDir, call_cli: Callab
         assert call_cli("evaluate", finished.path, "--json", *flags) == 0
         assert json.loads(capsys.readouterr().out) == scores
     assert finished.read_status()["state"] == "done"
+
+
+def test_evaluate_shows_each_set_with_both_models(finished: RunDir, call_cli: Callable[..., int], capsys: Any) -> None:
+    assert call_cli("evaluate", finished.path) == 0
+    shown = capsys.readouterr().out
+    assert "Set data" in shown
+    assert "likeliest label right" in shown
 
 
 def test_evaluate_without_a_final_model_is_exit_5(new_run: NewRun, call_cli: Callable[..., int], capsys: Any) -> None:
