@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sft_dist.config.schema import Config, ModelConfig
+from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError
+from sft_dist.export import ADAPTER, PROOF, file_hash, is_local, write_card
 from sft_dist.files import publish_dir, read_json, utc_now, write_json
+from sft_dist.parallel.world import unlaunched
 from sft_dist.rundir import RunDir
-from sft_dist.train.adapter import ADAPTER, adapter_weights, merged, save_adapter
+from sft_dist.train.adapter import RECOMPUTING, adapter_weights, merged, save_adapter
 from sft_dist.train.environment import versions
-from sft_dist.train.tokenizer import ROWS_OF
+from sft_dist.train.probes import trained_logits
+from sft_dist.train.tokenizer import tokenizer_facts
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +31,14 @@ if TYPE_CHECKING:
     from sft_dist.train.ranks import Ranks
     from sft_dist.train.tokenizer import RunTokenizer
     from sft_dist.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+# torch's types by the names that safetensors gives them.
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.bool": "BOOL",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 
 def publish_model(
@@ -35,27 +52,70 @@ def publish_model(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     lora = config.model.lora
+    full = config.checkpoint.verify_export == "full"
+    logits = trained_logits(trainer, resolved) if full else None
     weights = whole_weights(trainer, model) if lora is None else adapter_weights(trainer, model, resolved.dtype)
     if ranks.is_main:
+        lost = lost_in_gathering(trainer, model, weights)
+        if lost:
+            raise CheckpointError(f"the final model is not published: gathering it lost what was trained: {lost}")
         if run.model.exists():  # without DONE it does not count; the caller has looked
             shutil.rmtree(run.model)
         with publish_dir(run.model) as staged:
+            expected: dict[str, Any] = {}
             if lora is not None:
                 save_adapter(model, staged / ADAPTER, weights)
-                _compare(staged / ADAPTER, weights)
+                expected["adapter"] = expectations(weights)
             if lora is not None and lora.merge:
                 model = merged(config.model, tokens, staged / ADAPTER, resolved.dtype)
                 weights = model.state_dict()
             if lora is None or lora.merge:
-                model.save_pretrained(staged, state_dict=weights)
+                weights = as_stored(model, weights)
+                given = dict(weights)  # which it empties
+                model.save_pretrained(staged, state_dict=given, save_original_format=False)
                 # It names the type of the model's own weights, which are float32 masters under FSDP2.
                 settings = read_json(staged / "config.json")
                 write_json(staged / "config.json", {**settings, "dtype": resolved.dtype})
-                _compare(staged, weights)
+                expected["model"] = expectations(weights)
+            del weights, model  # room for the process that loads what was written
             tokens.tokenizer.save_pretrained(staged)
-            (staged / "README.md").write_text(model_card(run, config), encoding="utf-8")
+            _compare(run, config, resolved, tokens, staged, {"tensors": expected, "logits": logits})
+            write_card(run, config, versions(), staged)
             (staged / "DONE").write_text(utc_now() + "\n", encoding="utf-8")
     ranks.barrier()
+
+
+def _compare(
+    run: RunDir, config: Config, resolved: Resolved, tokens: RunTokenizer, staged: Path, trained: dict[str, Any]
+) -> None:
+    """Have a fresh process compare what was written with what was trained; both are put on record in PROOF.json."""
+    # It is loaded on a CPU, where GPUs' kernels are not; eager attention computes what any of them does.
+    attention = "sdpa" if resolved.padding_free or resolved.attn_implementation == "sdpa" else "eager"
+    proof = {
+        "format": 1,
+        "level": config.checkpoint.verify_export,
+        "dtype": resolved.dtype,
+        "attn_implementation": attention,
+        "base": {
+            **config.model.model_dump(mode="json", include={"name", "revision", "trust_remote_code"}),
+            "local": is_local(config.model.name),
+        },
+        "added_tokens": len(tokens.pieces),
+        "vocabulary_rows": len(tokens.tokenizer),
+        "tokenizer": tokenizer_facts(tokens.tokenizer),
+        **trained,
+        "files": {
+            str(path.relative_to(staged)): file_hash(path)
+            for path in sorted(staged.rglob("*"))
+            if path.is_file() and path.suffix != ".safetensors"
+        },
+    }
+    write_json(staged / PROOF, proof)
+    found = _prove(run, staged)
+    write_json(staged / PROOF, {**proof, **found})
+    logits = trained["logits"]
+    if logits is not None and not any(logits["stops"]):
+        log.warning("the trained model may not stop by itself: %s", found["stops"])
 
 
 def whole_weights(trainer: Trainer, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -84,77 +144,84 @@ def _tied_once(weights: dict[str, torch.Tensor], tied: dict[str, str]) -> dict[s
     return {name: weight for name, weight in weights.items() if name not in twice}
 
 
-def model_card(run: RunDir, config: Config) -> str:
-    """The model card: what was trained from what, on what, and how to load it."""
-    source = ", ".join(part.path or f"synthetic task {part.task}" for part in config.data.train.parts)
-    numbers = "\n".join(f"- {name} {number}" for name, number in versions().items())
-    return f"""---
-library_name: transformers
-tags: [sft, trl, sft-dist]
----
+def as_stored(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` by the names, and cut as, the base model's files have them: transformers 5 joins experts when it loads them.
 
-# {run.name}
+    save_pretrained would do so by itself, and what it wrote would not be what is on record.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
 
-`{config.model.name}` fine-tuned on `{source}` with sft-dist. The run's config.yaml has every setting.
-
-- learning rate {config.train.learning_rate:g}, {config.train.lr_scheduler_type}
-- {config.train.num_train_epochs:g} epoch(s){f", at most {config.train.max_steps} steps" if config.train.max_steps else ""}
-- {config.train.global_batch_size} rows a step, up to {config.data.max_length} tokens a row
-- loss on {"the assistant's words and end-of-turn tokens" if config.data.assistant_only_loss else "every token"}{_about_adapter(config.model)}
-
-```python
-{_usage(config.model)}
-print(ask([{{"role": "user", "content": "Hello"}}], return_full_text=False)[0]["generated_text"])
-```
-
-Made with
-
-{numbers}
-"""
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, weights)
+    return stored
 
 
-def _about_adapter(model: ModelConfig) -> str:
-    """Lines of the card on how the weights came about; none for a full fine-tuning."""
-    lora = model.lora
-    if lora is None:
-        return ""
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    lines = [f"- LoRA of rank {lora.r}, alpha {lora.lora_alpha:g}, on {targets}; the adapter alone is in `{ADAPTER}/`"]
-    if lora.quantization != "none":
-        lines.append(f"- trained beside base weights in 4 bits ({lora.quantization})")
-    if lora.merge:
-        unrounded = " as they were before the rounding to 4 bits" if lora.quantization != "none" else ""
-        lines.append(f"- the adapter is merged into the base weights{unrounded}")
-    return "\n" + "\n".join(lines)
+def lost_in_gathering(trainer: Trainer, model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """A trained parameter that `weights`, what is to be saved, lacks or has with other values; None if there is none.
 
-
-def _usage(model: ModelConfig) -> str:
-    """Python that makes `ask` of this folder."""
-    if model.lora is None or model.lora.merge:
-        return 'from transformers import pipeline\n\nask = pipeline("text-generation", model="path/of/this/folder")'
-    revision = f", revision={model.revision!r}" if model.revision else ""
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
-model = AutoModelForCausalLM.from_pretrained({model.name!r}{revision}, dtype="auto")
-if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added
-    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of={ROWS_OF})
-model = PeftModel.from_pretrained(model, "path/of/this/folder/{ADAPTER}")
-ask = pipeline("text-generation", model=model, tokenizer=tokenizer)"""
-
-
-def _compare(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    The hashes on record are those of `weights`, so that nothing later could tell. Under ZeRO-3 and FSDP2 no process holds
+    whole parameters: there the names are compared, and the logits tell.
+    """
     import torch
-    from safetensors.torch import load_file
 
-    written: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        written |= load_file(path)
-    stored = {weights[name].data_ptr() for name in written if name in weights}
-    for name, tensor in weights.items():
-        # A tied tensor is stored once, under one of its names.
-        if name not in written and tensor.data_ptr() not in stored:
-            raise CheckpointError(f"{name} is missing from the final model as it was written to {folder}")
-        if name in written and not torch.equal(written[name], tensor.cpu()):
-            raise CheckpointError(f"{name}, read back from the final model, differs from what was trained")
+    deepspeed = trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_partition_weights()
+    whole, adapted = not (deepspeed or trainer.is_fsdp_enabled), hasattr(model, "peft_config")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    live: dict[int, torch.Tensor] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.requires_grad or not adapted:
+            live[id(weight)] = weight.detach()
+            names.setdefault(id(weight), []).append(name.replace(RECOMPUTING, ""))
+    kept = {facts["hash"] for facts in expectations(weights).values()} if adapted and whole else set()
+    for key, weight in live.items():
+        places = [*names[key], *(tied[name] for name in names[key] if name in tied)]
+        saved = next((weights[name] for name in places if name in weights), None)
+        if adapted:  # PEFT's file has names of its own
+            it = {"": weight.to(next(iter(weights.values())).dtype)} if whole else {}
+            same = all(facts["hash"] in kept for facts in expectations(it).values())
+        else:
+            same = saved is not None and (not whole or torch.equal(saved, weight.to(saved.device, saved.dtype)))
+        if not same:
+            return names[key][0]
+    return None
+
+
+def expectations(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Type (as safetensors writes it), shape and hash of each tensor; `same_as` names one that shares its memory."""
+    import torch
+    import xxhash
+
+    facts: dict[str, dict[str, Any]] = {}
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, weight in weights.items():
+        place = first.setdefault((weight.data_ptr(), tuple(weight.shape)), name)
+        if place != name and weight.numel():
+            facts[name] = {**facts[place], "same_as": place}
+            continue
+        content = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = xxhash.xxh3_128(content.data).hexdigest()
+        facts[name] = {"dtype": DTYPES[str(weight.dtype)], "shape": list(weight.shape), "hash": digest}
+    return facts
+
+
+def _prove(run: RunDir, staged: Path) -> dict[str, Any]:
+    """What a fresh process says of the model in `staged`. CheckpointError if it is not what was trained: it is kept."""
+    environment = unlaunched()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        environment.pop("OMP_NUM_THREADS", None)  # one for each process of torchrun, which wait meanwhile
+    command = [sys.executable, "-m", "sft_dist.evaluate.prove", str(staged)]
+    # In a session of its own: Ctrl-C is for the training, which finishes what it publishes.
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True
+    )
+    told = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
+    if done.returncode == 0 and "checked" in told:
+        return told
+    refused = run.path / "model-refused"
+    shutil.rmtree(refused, ignore_errors=True)
+    shutil.copytree(staged, refused, copy_function=os.link)
+    hint = f"what was written is in {refused}, to be looked at"
+    if "message" not in told:
+        hint += f" again: {Path(sys.executable).name} -m sft_dist.evaluate.prove {refused}"
+        told["message"] = f"the process that looked at it ended with status {done.returncode} and no verdict"
+    raise CheckpointError(f"the final model is not published: {told['message']}", hint=hint)
