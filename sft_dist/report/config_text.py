@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sft_dist.report.text import mapping
+from sft_dist.report.text import flatten, mapping, plain
 
 # The line breaks that YAML counts; str.splitlines knows more of them and would shift the marks.
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 
-def marked_lines(text: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each line of the YAML `text` with where its value came from; "" for a default, or where that is not known."""
+def marked_lines(
+    text: str, provenance: dict[str, Any], defaults: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """Each line of the YAML `text` with where its value came from; "" for a default, or where that is not known.
+
+    The first line of a field that has one of `defaults` says it, too.
+    """
     lines = _BREAK.split(text.rstrip())
     marks = [""] * len(lines)
     for path, start, end in _spans(text):
         source = provenance.get(path, "default")
         if isinstance(source, str) and source != "default":
             marks[start:end] = [source] * len(marks[start:end])
+            if start < len(marks) and (default := _default(path, defaults or {})):
+                marks[start] = f"{source} (default: {default})"
     return list(zip(lines, marks, strict=True))
+
+
+def _default(path: str, defaults: Mapping[str, str]) -> str:
+    """The default of a field, or of the section around it where the default is to have none; "" if there is neither."""
+    if path in defaults:
+        return defaults[path]
+    parts = path.split(".")
+    outer = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+    return next((f"{name} {defaults[name]}" for name in outer if name in defaults), "")
 
 
 def config_value(text: str, section: str, field: str) -> str | None:
@@ -33,6 +49,30 @@ def config_value(text: str, section: str, field: str) -> str | None:
         return None
     value = mapping(mapping(tree).get(section)).get(field)
     return value if isinstance(value, str) else None
+
+
+def config_list(text: str, *path: str) -> list[str]:
+    """The texts of a list in the YAML `text`; [] if it is not there or the text is no YAML."""
+    import yaml
+
+    try:
+        value = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        return []
+    for name in path:
+        value = mapping(value).get(name)
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def flat_values(text: str) -> dict[str, str]:
+    """Every field of the YAML `text` by its dotted path, with its value as one line; {} if the text is no YAML."""
+    import yaml
+
+    try:
+        tree = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    return {field: plain(value) for field, value in flatten(mapping(tree)).items()}
 
 
 def _spans(text: str) -> list[tuple[str, int, int]]:

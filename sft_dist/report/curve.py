@@ -1,4 +1,4 @@
-"""Loss curves: series from log events, thinned for drawing, with axes and SVG coordinates."""
+"""Curves: series from log events, thinned for drawing, with axes and SVG coordinates."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from typing import Any
 from sft_dist.report.text import number
 
 MAX_POINTS = 1000
+# Title and key in metrics.jsonl, of those that are drawn together and of those that stand alone.
+LOSSES = (("Training loss", "loss"), ("Evaluation loss", "eval_loss"))
+OTHERS = (
+    ("Learning rate", "learning_rate"),
+    ("Gradient norm", "grad_norm"),
+    ("Tokens per second", "tokens_per_s"),
+    ("Model FLOPs utilisation", "mfu"),
+    ("Peak memory, GiB", "memory_gib"),
+)
 
 Point = tuple[int, float | None]  # step and value; None is a gap
 Tick = tuple[str, str]  # position in percent and label
@@ -21,6 +30,8 @@ class Line:
     """One curve in SVG: a path in a 1000 x 1000 box, dots in percent, and [[step, value], ...] as JSON for the hover."""
 
     name: str
+    look: str
+    """`train`, `eval`, or `run1` to `run8`: how the style sheet draws it."""
     path: str
     dots: tuple[tuple[str, str], ...]
     values: str
@@ -28,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """What the template draws; `span` is [step, step, loss, loss] of the axes as JSON."""
+    """What the template draws; `span` is [step, step, value, value] of the axes as JSON."""
 
     lines: tuple[Line, ...]
     x_ticks: tuple[Tick, ...]
@@ -83,13 +94,20 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
     return [index * step for index in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def draw(metrics: Sequence[dict[str, Any]]) -> Curve | None:
-    """The curve of training and evaluation loss; None if no row has a finite loss."""
-    full = [(name, series(metrics, key)) for name, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss"))]
-    named = [(name, thin(points), len(points)) for name, points in full if any(v is not None for _, v in points)]
+def draw(metrics: Sequence[dict[str, Any]], wanted: Sequence[tuple[str, str]] = LOSSES) -> Curve | None:
+    """The curves of `wanted`, (title, key in a row), by default the losses; None if no row has a finite value."""
+    return draw_together(
+        [(name, "eval" if key == "eval_loss" else "train", series(metrics, key)) for name, key in wanted]
+    )
+
+
+def draw_together(full: Sequence[tuple[str, str, Sequence[Point]]]) -> Curve | None:
+    """(name, look, points) of each curve on the same axes; those without a finite value are left out."""
+    named = [(name, look, thin(points)) for name, look, points in full if any(v is not None for _, v in points)]
+    thinned = any(len(points) > MAX_POINTS for _, _, points in full)
     if not named:
         return None
-    known = [(step, value) for _, points, _ in named for step, value in points if value is not None]
+    known = [(step, value) for _, _, points in named for step, value in points if value is not None]
     first, last = _step_span([step for step, _ in known])
     bottom, top = _loss_span([value for _, value in known])
     levels = ticks(bottom, top, 5)
@@ -99,20 +117,20 @@ def draw(metrics: Sequence[dict[str, Any]]) -> Curve | None:
         return (step - first) / (last - first), (top - value) / (top - bottom)
 
     lines = []
-    for name, points, _ in named:
+    for name, look, points in named:
         path, dots = _trace([None if value is None else place(step, value) for step, value in points])
         every_dot = [place(step, value) for step, value in points if value is not None]
         shown = every_dot if len(every_dot) <= 60 else dots
         values = [[step, float(f"{value:.6g}")] for step, value in points if value is not None]
-        lines.append(Line(name, path, tuple((_pct(x), _pct(y)) for x, y in shown), json.dumps(values)))
+        lines.append(Line(name, look, path, tuple((_pct(x), _pct(y)) for x, y in shown), json.dumps(values)))
     steps = [tick for tick in ticks(first, last, 6, whole=True) if first <= tick <= last]
     return Curve(
         lines=tuple(lines),
         x_ticks=tuple((_pct((tick - first) / (last - first)), _step_label(tick)) for tick in steps),
         y_ticks=tuple((_pct((top - tick) / (top - bottom)), _level_label(tick, levels)) for tick in levels),
         span=json.dumps([first, last, bottom, top]),
-        summary="; ".join(_summary(name, points) for name, points, _ in named) + ".",
-        thinned=any(length > MAX_POINTS for _, _, length in named),
+        summary="; ".join(_summary(name, points) for name, _, points in named) + ".",
+        thinned=thinned,
     )
 
 

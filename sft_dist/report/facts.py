@@ -10,6 +10,7 @@ from typing import Any
 
 from sft_dist.errors import SftDistError
 from sft_dist.files import moment
+from sft_dist.jobs.records import Submitted, submitted_jobs
 from sft_dist.report.text import mapping
 from sft_dist.rundir import RunDir
 
@@ -29,6 +30,8 @@ class RunFacts:
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
     config_text: str
+    jobs: tuple[Submitted, ...]
+    """Oldest first."""
     problems: tuple[str, ...]
 
 
@@ -56,6 +59,7 @@ def read_facts(run: RunDir) -> RunFacts:
         before=many(run.eval / "before.jsonl"),
         after=many(run.eval / "after.jsonl"),
         config_text=_read(run.config, run.path, problems),
+        jobs=submitted_jobs(_parse(_read(run.path / "slurm" / "job.json", run.path, problems))),
         problems=tuple(problems),
     )
 

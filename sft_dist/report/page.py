@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 import statistics
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sft_dist import __version__
-from sft_dist.files import moment, utc_now, write_text
+from sft_dist.files import moment, write_text
 from sft_dist.report.config_text import config_value, marked_lines
-from sft_dist.report.curve import draw
+from sft_dist.report.curve import OTHERS, draw
 from sft_dist.report.facts import RunFacts, read_facts, wall_seconds
+from sft_dist.report.html import MAX_CHARACTERS, render_page
+from sft_dist.report.reproduce import defaults, reproduction
 from sft_dist.report.samples import ORDER, Sample, pair_samples, shared_system
-from sft_dist.report.scores import ScoreRow, score_rows
+from sft_dist.report.scores import ScoreLine, asked_while_training, score_lines, sets_of
 from sft_dist.report.text import (
     clip,
     clock,
     duration,
     flatten,
+    mapping,
     number,
-    percent,
     plain,
-    points,
-    visible,
 )
+from sft_dist.report.timeline import timeline
 from sft_dist.rundir import RunDir
 
 MAX_SAMPLES = 30
-MAX_CHARACTERS = 4000  # of one text in a sample
+MAX_SETS = 20
+# Numbers of a source that stand in ledger.json only.
+NOT_BY_SOURCE = {
+    *("dropped_bad_rows", "dropped_share", "answers_cut_or_lost", "turns", "unknown_tokens", "unknown_texts"),
+    *("tokens_in", "lost_tokens", "held_out_tokens", "length_percentiles", "duplicates_share"),
+}
 
 Table = tuple[str, list[str], list[list[str]]]  # caption, head, rows
 
@@ -48,72 +50,39 @@ def write_report(run: RunDir) -> Path:
 
 def render(facts: RunFacts) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("sft_dist", "resources/html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Every value passes here before it is escaped, so no place in the template can forget it.
-        finalize=_shown,
-    )
-    environment.filters.update(
-        percent=percent, points=points, plain=plain, clip=lambda text: clip(text, MAX_CHARACTERS)
-    )
-    return environment.get_template("report.html.j2").render(_view(facts))
-
-
-def _shown(value: Any) -> Any:
-    from markupsafe import Markup
-
-    return value if isinstance(value, Markup) else visible(str(value))
+    return render_page("report.html.j2", _view(facts))
 
 
 def _view(facts: RunFacts) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    style, script = (_resource(name) for name in ("report.css", "report.js"))
     questions, scored = pair_samples(facts.before, facts.after)
-    metrics, rows = score_rows(facts.scores)
-    lines = marked_lines(facts.config_text, facts.provenance) if facts.config_text.strip() else []
+    others = (*OTHERS, *asked_while_training(facts.metrics)[:MAX_SETS])
+    sets = [score_set(name, part) for name, part in sets_of(facts.scores)[:MAX_SETS]]
+    lines = marked_lines(facts.config_text, facts.provenance, defaults()) if facts.config_text.strip() else []
     return {
-        "style": Markup(style),
-        "script": Markup(script),
-        "policy": f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'",
         "name": facts.name,
         "state": facts.status.get("state", "unknown"),
         "notices": _notices(facts),
-        "headline": _headline(metrics, rows),
+        "headline": next((_headline(lines[0]) for _, lines, _ in sets if lines), None),
         "tiles": _tiles(facts),
-        "metrics": metrics,
-        "score_rows": rows,
+        "sets": sets,
         "curve": draw(facts.metrics),
+        "others": [found for one in others if (found := draw(facts.metrics, (one,))) is not None],
         "questions": questions[:MAX_SAMPLES],
         "more_questions": max(0, len(questions) - MAX_SAMPLES),
         "scored": scored[:MAX_SAMPLES],
         "more_scored": max(0, len(scored) - MAX_SAMPLES),
         "verdicts": _verdicts(scored),
         "system": shared_system([*questions[:MAX_SAMPLES], *scored[:MAX_SAMPLES]]),
-        "ledger": _columns(facts.ledger),
+        "ledger": _ledger(facts.ledger),
         "config": lines,
         "config_marked": sum(bool(source) for _, source in lines),
         "provenance_known": bool(facts.provenance),
         "decisions": _decisions(facts.env),
         "environment": _environment(facts.env),
         "attempts": _attempts(facts.attempts),
-        "version": __version__,
-        "written": clock(utc_now()),
+        "timeline": timeline(facts),
+        "reproduction": reproduction(facts),
     }
-
-
-def _resource(name: str) -> str:
-    return (resources.files("sft_dist") / "resources" / "html" / name).read_text(encoding="utf-8").strip()
-
-
-def _hash(content: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def _notices(facts: RunFacts) -> list[str]:
@@ -130,12 +99,20 @@ def _notices(facts: RunFacts) -> list[str]:
     return [clip(notice, MAX_CHARACTERS) for notice in (*notices, *facts.problems)]
 
 
-def _headline(metrics: Sequence[str], rows: Sequence[ScoreRow]) -> dict[str, Any] | None:
-    """The first metric over all rows, before and after."""
-    if not rows or rows[0].pairs[0] == (None, None):
-        return None
-    before, after = rows[0].pairs[0]
-    return {"metric": metrics[0], "before": before, "after": after, "n": rows[0].n}
+def score_set(name: str, part: dict[str, Any]) -> tuple[str, list[ScoreLine], list[tuple[str, list[list[str]]]]]:
+    """A set's name, its lines, and the rows that gained and that lost most: category, expected, before, after."""
+    changed = []
+    for title, key in (("Largest gains", "gains"), ("Largest losses", "losses")):
+        rows = [mapping(row) for row in part.get(key) or ()] if isinstance(part.get(key), list) else []
+        cells = [[_cell(row, field) for field in ("index", "category", "expected", "before", "after")] for row in rows]
+        if cells:
+            changed.append((title, cells))
+    return clip(name, MAX_CHARACTERS), score_lines(part, of_category=2), changed
+
+
+def _headline(line: ScoreLine) -> dict[str, Any]:
+    """The first score over all rows, before and after."""
+    return {"metric": line.title, "line": line, "shares": line.shares}
 
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str]]:
@@ -162,10 +139,34 @@ def _verdicts(scored: Sequence[Sample]) -> list[tuple[str, int]]:
     return [(verdict, count) for verdict, count in counts if count]
 
 
-def _columns(tree: dict[str, Any]) -> Table | None:
+def _ledger(ledger: dict[str, Any]) -> list[Table]:
+    """The ledger's numbers with a column for each split, then of each split a line for each source."""
+    splits = {name: part for name, part in ledger.items() if isinstance(part, dict) and _lines(part.get("sources"))}
+    rest = {name: {key: it for key, it in part.items() if key != "sources"} for name, part in splits.items()}
+    tables = [_columns({**ledger, **rest})] if ledger else []
+    for name, part in splits.items():
+        sources = part["sources"]
+        # A line must fit on a page: what no source has any of is left out, and what others say nearly as well.
+        every = dict.fromkeys(field for source in sources for field in source if field not in NOT_BY_SOURCE)
+        fields = [field for field in every if any(source.get(field) not in (0, {}, None) for source in sources)]
+        lines = [[_counts(source[field]) if field in source else "" for field in fields] for source in sources]
+        tables.append((f"Sources: {name}", [field.replace("_", " ") for field in fields], lines))
+    return tables
+
+
+def _lines(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _counts(value: Any) -> str:
+    """A dict of plain values on one line, others as everywhere."""
+    if isinstance(value, dict) and not any(isinstance(item, (dict, list)) for item in value.values()):
+        value = [f"{key.replace('_', ' ')} {plain(item)}" for key, item in value.items()]
+    return clip(plain(value), MAX_CHARACTERS)
+
+
+def _columns(tree: dict[str, Any]) -> Table:
     """A dict of dicts as one table: a column for each part, a row for each field that any part has."""
-    if not tree:
-        return None
     parts = {key: flatten(value) for key, value in tree.items() if isinstance(value, dict)}
     whole = {key: value for key, value in tree.items() if not isinstance(value, dict)}
     if whole:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.report.samples import Answer, Sample, pair_samples
-from sft_dist.report.scores import score_rows
-from sft_dist.report.text import NONE, clip, percent, plain, points, visible
+from sft_dist.report.scores import sets_of
+from sft_dist.report.set_table import set_table
+from sft_dist.report.text import NONE, clip, mapping, visible
 from sft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -22,39 +23,16 @@ SHOWN_AT_THE_END = 4
 MAX_CHARACTERS = 300
 
 
-def scores_table(scores: dict[str, Any], *, change: bool = True) -> Table:
-    """scores.json as a table: all rows, then each category; before, after and the change in percentage points.
-
-    Without `change` it fits into 60 columns; numbers are never cut.
-    """
-    from rich.table import Table
-
-    metrics, rows = score_rows(scores)
-    table = Table(title="Scores", title_justify="left")
-    table.add_column("")
-    table.add_column("n", justify="right")
-    for metric in metrics:
-        table.add_column(f"{metric}\nbefore", justify="right")
-        table.add_column("\nafter", justify="right")
-        if change:
-            table.add_column("\nchange", justify="right", no_wrap=True)
-    for place, row in enumerate(rows):
-        cells = [
-            cell
-            for was, now in row.pairs
-            for cell in (percent(was), percent(now), *([points(was, now)] if change else []))
-        ]
-        table.add_row(_safe(row.name), plain(row.n), *cells, style="bold" if place == 0 else "", end_section=place == 0)
-    return table
-
-
 def result_tables(run: RunDir) -> list[Table]:
     """What a command shows of a run at its end: a few answers side by side, and the scores; [] if there are none."""
     before, after = (read_jsonl(run.eval / f"{when}.jsonl") for when in ("before", "after"))
     scores = read_json(run.scores)
     tables = [answers_table(before, after, limit=SHOWN_AT_THE_END)] if before or after else []
     wide = shutil.get_terminal_size().columns >= 100
-    return [*tables, scores_table(scores, change=wide)] if scores else tables
+    if not scores:
+        return tables
+    found = [set_table(name, part, wide=wide) for name, part in sets_of(mapping(scores))]
+    return [*tables, *found]
 
 
 def answers_table(

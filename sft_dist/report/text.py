@@ -75,11 +75,6 @@ def percent(share: float | None) -> str:
     return NONE if share is None else f"{share * 100:.1f}%"
 
 
-def points(before: float | None, after: float | None) -> str:
-    """The change between two shares in percentage points, signed."""
-    return NONE if before is None or after is None else f"{(after - before) * 100:+.1f}"
-
-
 def clock(value: Any) -> str:
     """An ISO 8601 time in UTC to the second; other values as they are."""
     time = moment(value)

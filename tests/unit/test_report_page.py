@@ -6,10 +6,14 @@ import base64
 import hashlib
 import json
 import re
+import shlex
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
+from sft_dist.config.loader import load_config, write_config
+from sft_dist.config.schema import Config
 from sft_dist.files import append_jsonl, write_json, write_text
 from sft_dist.report.config_text import marked_lines
 from sft_dist.report.page import MAX_SAMPLES, write_report
@@ -96,12 +100,23 @@ def fill(run: RunDir, word: str) -> None:
         raw({"host": word, word: word, "versions": {word: word}, "decisions": [word], "gpus": [{"name": word}]}),
     )
     write_text(
-        run.ledger, raw({"train": {"rows_in": 160, word: word}, word: {"dropped": {word: 2}}, "list": [{"a": word}]})
+        run.ledger,
+        raw(
+            {
+                "train": {"rows_in": 160, word: word, "sources": [{"source": word, word: 1, "reasons": {word: 3}}]},
+                word: {"dropped": {word: 2}},
+                "list": [{"a": word}],
+            }
+        ),
     )
     write_text(run.attempts, raw({"attempt": 1, "start": word, "end": word, word: word, "ended": word}))
     write_text(run.metrics, raw({"step": 1, "loss": 1.0, "time": word, word: word}) + raw({"step": word, "loss": word}))
     part = {"exact_match": 0.0, "label_accuracy": 0.5, "by_category": {word: {"n": 3, "exact_match": 0.0}}}
-    write_text(run.scores, raw({"before": part, "after": part, "n": 3}))
+    score = {"unit": word, "before": 0.5, "after": 1.0, "before_interval": [word, 1], "p_value": word}
+    changed = {"index": word, "category": word, "expected": word, "before": word, "after": word}
+    inside = {"n": word, "scores": {word: score}}
+    sets = {word: {**inside, "first": word, "by_category": {word: inside}, "gains": [changed], "losses": [changed]}}
+    write_text(run.scores, raw({"before": part, "after": part, "n": 3, "sets": sets}))
     rows = raw({"kind": "question", "prompt": [{"role": word, "content": word}], "answer": word})
     scored = {"kind": "scored", "index": 0, "category": word, "prompt": word, "expected": word, "answer": word}
     rows += raw({**scored, "exact_match": True, "predicted_label": word, "label_correct": False})
@@ -122,6 +137,112 @@ def test_hostile_content_stays_text(run):
     assert "{{ 7 * 7 }}" in page.text
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x00\x1b\ud800]", html)
     assert "user<U+202E>gnp.exe<U+2066> zero<U+200B>width <U+001B>[31m <U+0000> <U+D800> end" in page.text
+
+
+def section(html: str, name: str) -> str:
+    inside = html.split(f'<section id="{name}">')[1].split("</section>")[0]
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", inside)).split())
+
+
+def test_how_to_train_it_again(run):
+    config = load_config("smoke", ["run.dir=my runs", "run.seed=7", "model.revision=abc"]).config
+    write_text(run.config, write_config(config))
+    git = {"commit": "0123abcd", "changed_files": "2"}
+    resolved = {"plan": "zero2", "world_size": 8, "dtype": "bfloat16"}
+    versions = {"torch": "2.13.0", "trl": "1.16.0"}
+    write_json(run.env, {"git": git, "versions": versions, "python": "3.11.7", "resolved": resolved})
+    write_json(run.ledger, {"key": "9a73fbe2", "train": {"rows": 56}, "eval": {"rows": 8}})
+    html, _ = report(run)
+    told = section(html, "reproduce")
+    assert "Command sft-dist train 'my runs/demo/config.yaml' run.name=demo-again" in told
+    assert "Code commit 0123abcd of the repository that the command was typed in, and 2 changed file(s)" in told
+    assert "Packages Python 3.11.7: torch==2.13.0 trl==1.16.0" in told
+    assert "Model embedded:tiny at abc" in told
+    assert "Data hash 9a73fbe2: 56 rows in train, 8 rows in eval" in told
+    assert "Seed 7" in told and "Plan zero2 in 8 process(es), bfloat16" in told
+
+
+def test_the_command_makes_the_same_config_again(run, monkeypatch):
+    """What the page says is what one types: the config of the run is read back to the same values, under another name."""
+    monkeypatch.chdir(run.path.parent)
+    config = load_config("smoke", ["run.dir=.", "run.name=demo", "train.learning_rate=3e-4"]).config
+    write_text(run.config, write_config(config))
+    told = section(report(run)[0], "reproduce")
+    words = shlex.split(re.search(r"Command (sft-dist train .*?-again)", told)[1])
+    again = load_config(words[2], words[3:]).config
+    assert again == config.model_copy(update={"run": config.run.model_copy(update={"name": "demo-again"})})
+
+
+@pytest.mark.parametrize("env", [{}, {"git": {}}, {"git": 3, "versions": [1], "resolved": "x"}])
+def test_what_is_not_known_is_left_out_of_how_to_reproduce(run, env):
+    write_text(run.config, "run:\n  name: demo\n")
+    write_json(run.env, env)
+    told = section(report(run)[0], "reproduce")
+    assert "Command sft-dist train runs/demo/config.yaml run.name=demo-again" in told
+    assert "Packages" not in told and "Data" not in told
+    assert ("not typed in a git repository" in told) == bool(env)
+    assert 'id="reproduce"' not in write_report(RunDir(empty(run))).read_text(encoding="utf-8")
+
+
+def empty(run):
+    folder = run.path.parent / "empty"
+    folder.mkdir()
+    return folder
+
+
+def test_the_default_stands_beside_what_was_set(run):
+    words = ["train.learning_rate=3e-4", "evaluate.questions=[a, b]", "model.revision=abc", "model.lora={r: 4}"]
+    loaded = load_config("smoke", words)
+    write_text(run.config, write_config(loaded.config))
+    write_json(run.provenance, loaded.provenance)
+    told = section(report(run)[0], "config")
+    default = Config().train.learning_rate
+    assert f"learning_rate: 0.0003 cli (default: {json.dumps(default)})" in told
+    assert "revision: abc cli (default: not set)" in told
+    assert "questions: cli (default: [])" in told
+    assert "- a cli - b" in told, "only the first line says it"
+    assert "r: 4 cli (default: model.lora not set)" in told
+    assert "seed: 42 cli" not in told
+
+
+def test_the_sources_of_the_rows_are_a_table(run):
+    one = {
+        "source": "a.jsonl",
+        "format": "messages",
+        "rows_in": 1200,
+        "truncated_rows": 0,
+        "dropped_reasons": {"no_answer": 2, "not_json": 1},
+        "tokens_in": 4000,
+        "length_percentiles": {"50": 3},
+    }
+    two = {
+        "source": "b.csv",
+        "format": "text",
+        "rows_in": 5,
+        "truncated_rows": 0,
+        "dropped_reasons": {},
+        "weighted_rows": 4,
+    }
+    ledger = {"key": "abc", "train": {"rows": 1205, "sources": [one, two]}, "eval": {"rows": 9, "sources": [one]}}
+    write_json(run.ledger, ledger)
+    html, page = report(run)
+    data = html[html.index('<section id="data">') :].split("</section>")[0]
+    tables = [re.sub(r"\s*<[^>]*>\s*", "|", table) for table in data.split("<table")[1:]]
+    assert len(tables) == 3 and "sources" not in tables[0] and "1,205" in tables[0]
+    cells = [cell for cell in tables[1].split(">", 1)[1].split("|") if cell]
+    assert cells == [
+        "Sources: train", "source", "format", "rows in", "dropped reasons", "weighted rows",
+        "a.jsonl", "messages", "1,200", "no answer 2, not json 1",
+        "b.csv", "text", "5", "-", "4",
+    ]  # fmt: skip
+    assert "Sources: eval" in tables[2] and "{" not in page.text
+
+
+@pytest.mark.parametrize("sources", [[], "a", [1], [{}, 2], {"a": 1}, None])
+def test_damaged_sources_of_the_rows_are_shown_as_they_are(run, sources):
+    write_json(run.ledger, {"train": {"rows": 3, "sources": sources}})
+    html, _ = report(run)
+    assert html.count("<table") == 1
 
 
 def test_hostile_folder_name(tmp_path):
@@ -165,13 +286,13 @@ def test_sections_and_figures_of_a_finished_run(run):
     write_json(run.scores, {"before": before, "after": after, "n": 30})
     _, page = report(run)
     assert [found["id"] for found in page.find("section")] == [
-        *("scores", "loss", "samples", "data", "config", "environment", "attempts")
+        *("scores", "loss", "samples", "data", "config", "reproduce", "environment", "attempts")
     ]
     assert "demo done" in page.text
     assert "Exact match on 30 held-out rows 0.0% \u2192 96.7%" in page.text
     assert "Steps 40 of 40 Wall time 2 min 31 s" in page.text
-    assert "All rows 30 0.0% 96.7% +96.7 33.3% - -" in page.text
-    assert "refund 5 0.0% 100.0% +100.0 40.0% - -" in page.text
+    assert "exact match 30 0.0% 96.7% +96.7 - likeliest label right 30 33.3% - - -" in page.text
+    assert "refund, exact match 5 0.0% 100.0% +100.0 - refund, likeliest label right 5 40.0% - - -" in page.text
     assert "took 1 2026-01-02 10:00:00 UTC 2026-01-02 10:02:31 UTC 2 min 31 s" in page.text
 
 
@@ -179,7 +300,7 @@ def test_only_values_that_were_set_are_marked(run):
     fill(run, "words")
     html, page = report(run)
     marked = re.findall(r'<div class="row set"><code>(.*?)</code><span class="source">(.*?)</span>', html)
-    assert marked == [("  learning_rate: 8.0e-05", "cli words")]
+    assert marked == [("  learning_rate: 8.0e-05", f"cli words (default: {Config().train.learning_rate})")]
     assert html.count('<div class="row"><code>') == 6
     assert "1 line is marked" in page.text
 
@@ -210,3 +331,22 @@ def test_changed_rows_come_first_and_thirty_are_shown(run):
     assert "10 more rows in eval/before.jsonl" in page.text
     assert page.text.count("Sort.") == 1  # a system message that all share stands once
     assert html.count("&#10003; right") == 1 + 2 and html.count("&#10007; wrong") == 29 + 28
+
+
+def test_each_set_has_its_scores_with_intervals_and_what_changed_most(run):
+    fill(run, "words")
+    score = {
+        "unit": "share", "before": 0.25, "after": 1.0, "change": 0.75, "before_interval": [0.125, 0.375],
+        "after_interval": [1.0, 1.0], "change_interval": [0.5, 0.875], "p_value": 0.00001,
+    }  # fmt: skip
+    gain = {"index": 7, "category": "refund", "expected": "yes", "before": "no", "after": "yes", "score_before": 0.0}
+    data = {"n": 36, "first": "json_all", "scores": {"bleu": {"unit": "points", "after": 56.78}, "json_all": score}}
+    letters = {"n": 4, "first": "exact", "scores": {"exact": score}, "gains": [gain], "losses": []}
+    write_json(run.scores, {"sets": {"letters": letters, "data": data}})
+    html, page = report(run)
+    assert "JSON, all fields on 36 held-out rows 25.0% \u2192 100.0%" in page.text, "evaluate.data's set comes first"
+    line = "36 25.0% [12.5, 37.5] 100.0% [100.0, 100.0] +75.0 [50.0, 87.5] <0.0001"
+    assert f"data Score n before after change p JSON, all fields {line} BLEU 36 - 56.8" in page.text
+    assert "Largest gains row category expected before after 7 refund yes no yes" in page.text
+    assert "Largest losses" not in page.text
+    assert html.count('class="bar"') == 1

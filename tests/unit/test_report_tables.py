@@ -1,4 +1,4 @@
-"""Scores and answers in the terminal."""
+"""Answers in the terminal."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ import re
 from rich.console import Console
 
 from sft_dist.report.samples import pair_samples
-from sft_dist.report.tables import answers_table, scores_table
-
-SCORES = {
-    "before": {"exact_match": 0.0, "label_accuracy": 1 / 3, "by_category": {"refund": {"n": 5, "exact_match": 0.2}}},
-    "after": {
-        "exact_match": 1.0,
-        "label_accuracy": 0.5,
-        "by_category": {"[red]odd[/red]": {"n": 2, "exact_match": 1.0}},
-    },
-    "n": 30,
-}
+from sft_dist.report.tables import answers_table
 
 
 def printed(table, width: int = 140) -> str:
@@ -41,24 +31,6 @@ def row(index: int, answer: str, *, right: bool, label: str | None = None) -> di
         "answer": answer,
         **marks,
     }
-
-
-def test_scores_of_all_rows_then_by_category():
-    found = lines(scores_table(SCORES))
-    assert ["All", "rows", "30", "0.0%", "100.0%", "+100.0", "33.3%", "50.0%", "+16.7"] in found
-    assert ["refund", "5", "20.0%", "-", "-", "-", "-", "-"] in found
-    assert ["[red]odd[/red]", "2", "-", "100.0%", "-", "-", "-", "-"] in found
-
-
-def test_a_metric_that_nothing_has_takes_no_columns():
-    table = scores_table({"after": {"exact_match": 0.5, "label_accuracy": None, "by_category": {}}, "n": 4})
-    assert ["All", "rows", "4", "-", "50.0%", "-"] in lines(table)
-    assert "Label" not in printed(table)
-
-
-def test_scores_that_are_not_there():
-    assert printed(scores_table({}))
-    assert scores_table({"before": None, "after": 3}).row_count == 0
 
 
 def test_answers_side_by_side_with_marks():
