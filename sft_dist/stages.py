@@ -12,7 +12,6 @@ from sft_dist.config.loader import LoadedConfig, load_run_config, write_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, RunStopped, failure
 from sft_dist.files import write_json, write_text
-from sft_dist.parallel.batch import check_heads
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.world import this_world
 from sft_dist.process import libraries_are_in
@@ -40,7 +39,7 @@ def new_run(loaded: LoadedConfig, *, overwrite: bool = False, resolved: Resolved
     refuse_taken(RunDir(root / name), overwrite=overwrite)
     if config.data.train.task and loaded.provenance.get("data.train.task") == "default":
         raise ConfigError("data.train is not set", hint="set it to a JSONL file, a dataset's name or {task: tickets}")
-    from sft_dist.evaluate.compare import write_held_out
+    from sft_dist.evaluate.held_out import write_held_out
 
     planned = RunDir(root / name)
     held_out = prove(config, planned, resolved, for_job=True) if resolved else prove_here(config, planned)
@@ -62,45 +61,28 @@ def _refuse_launcher() -> None:
         )
 
 
-def prove_here(config: Config, run: RunDir) -> list[Example]:
+def prove_here(config: Config, run: RunDir) -> dict[str, list[Example]]:
     """`prove` for this machine."""
     from sft_dist.train.settle import resolve_here
 
     return prove(config, run, resolve_here(config))
 
 
-def prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool = False) -> list[Example]:
-    """Check TRL's arguments and the model's files, prepare the rows; returns the held-out ones.
+def prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool = False) -> dict[str, list[Example]]:
+    """Check TRL's arguments and the model's files, prepare the rows; returns the held-out ones by set.
 
-    Takes seconds and writes only to the cache; `for_job` fetches the weights, too: nodes may have no network. Raises
-    ConfigError, PreflightError or DataError, as the run would later.
+    What check.proof.proving does and raises, without its words.
     """
+    from sft_dist.check.proof import proving
+
     # DeepSpeed speaks on stdout while it loads, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        return _prove(config, run, resolved, for_job=for_job)
-
-
-def _prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool) -> list[Example]:
-    from sft_dist.train.settle import needs_packages
-
-    needs_packages(config, resolved)
-    from sft_dist.data.prepare import prepare
-    from sft_dist.evaluate.compare import held_out_rows
-    from sft_dist.train.adapter import prove_adapter
-    from sft_dist.train.arguments import sft_config
-    from sft_dist.train.model import fetch_model, find_model
-    from sft_dist.train.pretrained import cache_root
-    from sft_dist.train.tokenizer import load_tokenizer
-
-    tokens = load_tokenizer(config.model)
-    find_model(config.model)
-    check_heads(config)  # resolve() has asked already where the model's config.json was here by then
-    if for_job:
-        fetch_model(config.model)
-    prove_adapter(config.model, tokens, resolved.plan)
-    prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())
-    sft_config(config, resolved, run, has_eval=prepared.eval is not None, engine=False)
-    return held_out_rows(config, tokens.tokenizer)
+        steps = proving(config, run, resolved, for_job=for_job)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
 
 
 def run_here(run: RunDir, place: Place | None = None) -> None:
@@ -113,6 +95,7 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     from sft_dist.jobs.walltime import log_outlook
     from sft_dist.train.attempt import attempt
     from sft_dist.train.settle import needs_packages, record_environment, resolve_here
+    from sft_dist.train.shutdown import Interrupted, StopRequest
 
     _refuse_launcher()
     config = load_run_config(run.config)
@@ -122,30 +105,42 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
         "after": config.evaluate.after and not (run.eval / "after.jsonl").is_file(),
     }
     parts = [part for part in due if due[part] and (place is None or part in place.parts)]
-    with attempt(run, Settler(run, place)) as current, leaving_words(run):
-        current.complete = all(part in parts for part in due if due[part])
-        resolved = resolve_here(config, nodes=len(place.nodes) if place else 1, run=run)
-        needs_packages(config, resolved)
-        record_environment(run, resolved)
-        if place is not None:
-            log_outlook(run)
-        if "before" in parts:
-            _evaluate(config, run, resolved, "before")
-        if "train" in parts:
-            _train(run, current, resolved, place)
-        if "after" in parts:
-            _evaluate(config, run, resolved, "after")
-    report_here(run)
+    # A stop that comes while the report is written has nothing left to stop. One that comes before the attempt can put it on
+    # record waits until then.
+    with StopRequest(started=place is not None) as late, late.deferred():
+        with attempt(run, Settler(run, place), started=place is not None) as current, leaving_words(run):
+            if late.heard:
+                current.stop.heard += late.heard
+                raise Interrupted(f"stopped by {current.stop.reason} outside of the training")
+            current.complete = all(part in parts for part in due if due[part])
+            resolved = resolve_here(config, nodes=len(place.nodes) if place else 1, run=run)
+            needs_packages(config, resolved)
+            record_environment(run, resolved)
+            current.facts["gpus"] = resolved.gpus
+            if place is not None:
+                log_outlook(run)
+            if "before" in parts:
+                _evaluate(config, run, resolved, "before")
+            if "train" in parts:
+                _train(run, current, resolved, place)
+            if "after" in parts:
+                _evaluate(config, run, resolved, "after")
+        report_here(run)
+        if parts != ["before"]:
+            from sft_dist.evaluate.tracked import tell_trackers
+
+            tell_trackers(config, run)
 
 
 def _train(run: RunDir, current: Attempt, resolved: Resolved, place: Place | None) -> None:
     """Train in this process, or in those of the plan."""
     libraries_are_in()
     if resolved.layout.plan.engine == "none":
+        from sft_dist.evaluate.asking import asking
         from sft_dist.train.ranks import Ranks
         from sft_dist.train.worker import train
 
-        train(run, current, resolved, Ranks())
+        train(run, current, resolved, Ranks(), asking(run, resolved, current, Ranks()))
         return
     from sft_dist.jobs.launcher import run_workers
     from sft_dist.train.attempt import OUTCOME
@@ -186,15 +181,18 @@ def _evaluate(config: Config, run: RunDir, resolved: Resolved, when: Literal["be
             raise failure(f"asking the model {when} training ended with exit status {status}", status)
 
 
-def evaluate_here(config: Config, run: RunDir, resolved: Resolved, when: Literal["before", "after"]) -> None:
+def evaluate_here(
+    config: Config, run: RunDir, resolved: Resolved, when: Literal["before", "after"], *, again: bool = False
+) -> None:
     """Ask and score the base model (`before`) or the tuned one (`after`), if the config asks for anything."""
     from sft_dist.evaluate.compare import evaluate_model, load_for, wants_evaluation
+    from sft_dist.evaluate.sharing import devices_for
 
     if not wants_evaluation(config):
         return
     loaded = load_for(config, run, resolved, when)
     log.info("asking the %s model", "base" if when == "before" else "tuned")
-    evaluate_model(config, run, loaded, when)
+    evaluate_model(config, run, loaded, when, again=again, devices=devices_for(config, resolved))
 
 
 def report_here(run: RunDir) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 from sft_dist import stages
 from sft_dist.config.schema import Config
 from sft_dist.errors import RunStopped, SftDistError
+from sft_dist.files import read_jsonl
 from sft_dist.jobs import launcher
+from sft_dist.jobs.requeue import Settler
 from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.resolve import resolve
 from sft_dist.rundir import RunDir
@@ -62,3 +66,25 @@ def test_a_complete_model_is_one_however_its_processes_ended(
         stages._train(run, current, two, None)
     assert error is None or type(caught.value) is RunStopped or error is SftDistError
     assert (current.facts["first_step"], current.facts["last_step"]) == (4, 8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_comes_before_the_attempt_is_on_record_is_not_lost(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("data: {train: {task: tickets}}\n")
+    begin = Settler.begin
+
+    def interrupted(self: Settler) -> None:
+        os.kill(os.getpid(), number)
+        begin(self)
+
+    monkeypatch.setattr(Settler, "begin", interrupted)
+    monkeypatch.setattr("sft_dist.train.settle.resolve_here", lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(RunStopped):
+        stages.run_here(run)
+    (line,) = read_jsonl(run.attempts)
+    assert line["ended"] == run.read_status()["state"] == "stopped"
+    assert signal.Signals(number).name in line["reason"]
+    assert line["failure"]["evidence"] == signal.Signals(number).name

@@ -1,0 +1,1 @@
+"""Check: is this machine fit for training."""

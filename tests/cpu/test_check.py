@@ -1,0 +1,77 @@
+"""`sft-dist check`: what a run would prove before it starts, without a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CallCli = Callable[..., int]
+
+
+def test_a_config_that_would_start_leaves_no_run(
+    tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    assert call_cli("check", "smoke", f"run.dir={tmp_path / 'runs'}") == 0
+    said = capsys.readouterr().out
+    for area in ("plan", "run", "packages", "model", "data", "training", "evaluation"):
+        assert f"ok       {area}:" in said
+    assert "56 rows prepared" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_findings_as_json_end_with_the_problem(
+    tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    taken = tmp_path / "runs" / "smoke"
+    taken.mkdir(parents=True)
+    assert call_cli("check", "smoke", f"run.dir={tmp_path / 'runs'}", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [it["fix"] for it in found if it["area"] == "run"] == ["another run.name, or --overwrite"]
+    assert call_cli("check", "smoke", f"run.dir={tmp_path}", "data.max_length=40", "--json") == 4
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)[-1]["level"] == "problem"
+    assert "within data.max_length 40 tokens" in captured.err
+    assert list(taken.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "status", "words"),
+    [
+        ("train.extra.loss_type=foo", 2, "loss_type"),
+        ("model.name=/nowhere/model", 3, "/nowhere/model"),
+        ("evaluate.data=/nowhere/rows.jsonl", 4, "/nowhere/rows.jsonl"),
+        ("container={runtime: docker, image: never-built-by-anybody}", 3, "container"),
+    ],
+)
+def test_the_first_problem_ends_it(
+    override: str, status: int, words: str, tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    assert call_cli("check", "smoke", f"run.dir={tmp_path}", override) == status
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_a_checkpoint(
+    tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft_dist.train import disk
+
+    monkeypatch.setattr(disk, "_of_disk", lambda folder: disk.Free(1000, None, "this disk"))
+    assert call_cli("check", "smoke", f"run.dir={tmp_path}", "checkpoint.save_strategy=epoch") == 3
+    assert "a checkpoint takes" in capsys.readouterr().err
+
+
+def test_a_job_is_proven_for_the_gpus_of_its_nodes(
+    tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    assert (
+        call_cli("check", "smoke", f"run.dir={tmp_path}", "slurm.nodes=2", "slurm.gpus_per_node=h100:4", "--slurm") == 0
+    )
+    said = capsys.readouterr().out
+    assert "the optimizer keeps float32 master weights" in said
+    assert "tokenizer and weights are here" in said
+    assert "ok       training:" in said, "this machine has no such GPU, and need not"
