@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
+# How often a file is opened that others replace meanwhile.
+TRIES = 5
 
 
 def utc_now() -> str:
@@ -130,10 +132,24 @@ class PatientJsonl:
 
 def read_json(path: Path) -> Any:
     """The parsed content of `path`, or None if there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    for left in reversed(range(TRIES)):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # Another host has replaced it since it was opened here: NFS keeps no old file for a reader elsewhere.
+            if error.errno != errno.ESTALE or not left:
+                raise
+    raise AssertionError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; {} if there is none, or only a part of one."""
+    with contextlib.suppress(ValueError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

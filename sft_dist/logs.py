@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
 
 class _Stderr(logging.Handler):
-    """Writes to what sys.stderr is at the moment, so that a progress bar can put the lines above itself."""
+    """Writes to what sys.stderr is at the moment, so that a progress bar can put the lines above itself.
+
+    A line that cannot be written is given up: the terminal may be closed, the disk of a job's log full, and a `tee` behind a
+    pipe ends by the same Ctrl-C that the run is about to save for.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(self.format(record) + "\n")
 
 
 def log_to_stderr() -> None:

@@ -9,7 +9,7 @@ runs/NAME/
   metrics.jsonl  data/ledger.json            one line a log event; rows and tokens in, dropped and why
   checkpoints/checkpoint-N/                  as Trainer writes them, plus MANIFEST.json, written last (docs/checkpoints.md)
   eval/held_out.jsonl                        the rows that both models are scored on: before.jsonl, after.jsonl, scores.json
-  model/                                     final weights, tokenizer, model card, DONE
+  model/                                     final weights, tokenizer, model card, PROOF.json, DONE
   model/adapter/                             of a LoRA run: the adapter, for peft; alone if model.lora.merge is false
   report.html  loss.png  logs/               logs/failed/ATTEMPT-*.json: what each process that failed left
   slurm/job.json                             the jobs that were submitted for it
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sft_dist.errors import ConfigError
-from sft_dist.files import read_json, utc_now, write_json
+from sft_dist.files import read_object, utc_now, write_json
 
 STATES = ("queued", "running", "stopped", "failed", "done")
 
@@ -166,7 +166,7 @@ class RunDir:
 
     def read_status(self) -> dict[str, Any]:
         """The content of status.json; {} before the first write, and where a machine failed before it was on the disk."""
-        return (read_json(self.status) or {}) if self.status.exists() and self.status.stat().st_size else {}
+        return read_object(self.status)
 
     def write_status(self, *, durable: bool = True, **fields: Any) -> None:
         """Merge `fields` into status.json and stamp the time; without `durable` nothing waits for the disk."""

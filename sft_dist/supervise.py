@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from pathlib import Path
 
-from sft_dist.jobs.place import handed_place
+from sft_dist.jobs.place import Place, handed_place
 from sft_dist.logs import log_to_stderr
 from sft_dist.process import begin, status_of
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
+
+# Longer than it takes until processes that have lost those of other nodes are ended as hung.
+HELD_S, LOOK_S = 1800.0, 1.0
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +28,21 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"run {run.name} was cancelled; go on with: sft-dist submit {run.path}\n")
         run.write_status(state="stopped", reason="cancelled")
         return 0
-    return status_of(lambda: run_here(run, handed_place()))
+    place = handed_place()
+    _wait_for_the_start_before(run, place)
+    return status_of(lambda: run_here(run, place))
+
+
+def _wait_for_the_start_before(run: RunDir, place: Place | None) -> None:
+    """Until a requeued job's processes of before have let go of the run: SLURM may have given up a node that is still at work.
+
+    Not once a signal waits that asks for a stop.
+    """
+    if place is None or not place.restart:
+        return
+    deadline = time.monotonic() + HELD_S
+    while run.held() and time.monotonic() < deadline and not signal.sigpending():
+        time.sleep(LOOK_S)
 
 
 if __name__ == "__main__":

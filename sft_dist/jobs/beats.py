@@ -24,8 +24,8 @@ PREFIX = "sft-dist-beats-"
 MAGIC = b"sftbeat1"
 LAYOUT = struct.Struct("<8sIIQQdd16s")
 # In the order in which a process goes through them; from `evaluate` to `optimizer` once for each step.
-PHASES = ("start", "prepare", "load", "evaluate", "save", "data", "step", "optimizer", "publish", "ended")
-CYCLE = ("evaluate", "save", "data", "step", "optimizer")
+PHASES = ("start", "prepare", "load", "evaluate", "save", "data", "ask", "step", "optimizer", "publish", "ended")
+CYCLE = ("evaluate", "save", "data", "ask", "step", "optimizer")
 # The usual time of a step is the median of this many, and nothing before the second: the first one compiles.
 REMEMBERED, KNOWN_AFTER = 31, 2
 KEPT_S = 2 * 86400.0

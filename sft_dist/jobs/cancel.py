@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sft_dist.errors import SftDistError
 from sft_dist.files import utc_now, write_text
+from sft_dist.jobs.launcher import children
 from sft_dist.jobs.queue import Job, call
 from sft_dist.jobs.records import Record
 from sft_dist.jobs.status import RunStatus, look
@@ -112,8 +113,10 @@ def _stop_here(run: RunDir, record: Record, wait_s: float, now: bool) -> None:
             f"run {run.name} is being worked on by {where}, which cannot be reached from here",
             hint="type the same command there",
         )
-    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+    started = children(pid) if now else []
+    for process in (pid, *started):  # workers would save when the one that started them is gone
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
     if not now:
         log.info("asked process %d to save and end; waiting up to %.0f s", pid, wait_s)
     if not _within(wait_s, LOCAL_POLL_S, lambda: not run.held()):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sft_dist.jobs.beats import CYCLE, Beat
+from sft_dist.jobs.stacks import state_of
 
 HangTimeout = float | int | Literal["auto"] | None
 # Seconds in the phases that nothing measured says anything of. While the main process prepares rows the others wait, and
@@ -18,10 +19,21 @@ FIRST_STEPS_S = 900.0
 # give up after 1800 s; CEILING_S is well before, unless a single step comes near it.
 USUAL_STEPS, FLOOR_S, CEILING_S, ROOM = 20, 300.0, 1200.0, 3
 USUAL_SAVES = 5
+# A longer gap between two looks means that this process did not run either.
+GAP_S = 5.0
+# From here on without a beat it may be that another node has noticed a hang, and the board is read.
+QUIET_S = 10.0
+# The states of a process that a signal or a debugger has stopped (proc(5)).
+STOPPED = ("T", "t")
 
 
-def limit_s(beat: Beat, timeout: HangTimeout) -> float:
-    """Seconds without a beat after which a process that last said this counts as hung; `timeout` is train.hang_timeout."""
+def limit_s(beat: Beat, timeout: HangTimeout, *, stopped: bool = False) -> float:
+    """Seconds without a beat after which a process that last said this counts as hung; `timeout` is train.hang_timeout.
+
+    One that a signal has `stopped` has no more time than a step: it waits for no file server, whatever its phase.
+    """
+    if stopped and beat.phase in CYCLE:
+        beat = dataclasses.replace(beat, phase="step")
     if timeout is None or beat.phase == "ended":
         return float("inf")
     asked = 0.0 if timeout == "auto" else float(timeout)
@@ -32,7 +44,7 @@ def limit_s(beat: Beat, timeout: HangTimeout) -> float:
     if not beat.step_s:
         return max(asked, FIRST_STEPS_S)
     if asked:
-        return max(asked, FLOOR_S) if beat.phase == "evaluate" else asked
+        return max(asked, FLOOR_S) if beat.phase in ("evaluate", "ask") else asked
     return max(FLOOR_S, min(USUAL_STEPS * beat.step_s, CEILING_S), ROOM * beat.step_s)
 
 
@@ -65,6 +77,65 @@ class Seen:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
+class Watch:
+    """For how long each process has not beaten."""
+
+    def __init__(self, expected: int, timeout: HangTimeout) -> None:
+        self.expected, self.timeout = expected, timeout
+        self.beats: dict[int, Beat] = {}
+        self.seconds: dict[int, float] = {}
+        self.waited = 0.0
+        """For those that have not come yet."""
+        self._last: float | None = None
+
+    def see(self, beats: Sequence[Beat], now: float) -> None:
+        """Take in what the processes last said, at this moment of the monotonic clock."""
+        passed = 0.0 if self._last is None else min(max(0.0, now - self._last), GAP_S)
+        self._last = now
+        for beat in beats:
+            before = self.beats.get(beat.rank)
+            moved = before is None or (before.count, before.pid) != (beat.count, beat.pid)
+            self.seconds[beat.rank] = 0.0 if moved else self.seconds[beat.rank] + passed
+            self.beats[beat.rank] = beat
+        self.waited = 0.0 if len(self.beats) >= self.expected else self.waited + passed
+
+    def late(self, state: Callable[[int], str] = state_of) -> list[int]:
+        """The ranks that have been silent for longer than their phase allows."""
+        found = []
+        for rank, beat in self.beats.items():
+            silent = self.seconds[rank]
+            if silent >= limit_s(beat, self.timeout) or (
+                # /proc is asked only for those that would be late if they were stopped.
+                silent >= limit_s(beat, self.timeout, stopped=True) and state(beat.pid) in STOPPED
+            ):
+                found.append(rank)
+        return found
+
+    def missing(self) -> bool:
+        """Whether a process has had its time to start, and did not."""
+        return self.timeout is not None and self.waited >= LIMITS["start"]
+
+    def quiet(self) -> bool:
+        """Whether any process was silent for long enough to ask what the other nodes see."""
+        silent = (
+            min(QUIET_S, limit_s(beat, self.timeout, stopped=True) / 2) <= self.seconds[rank]
+            for rank, beat in self.beats.items()
+            if beat.phase != "ended"
+        )
+        return any(silent)
+
+    def seen(self, host: str, state: Callable[[int], str] = state_of) -> list[Seen]:
+        """All processes of this node as they stand."""
+        states = {rank: state(it.pid) for rank, it in self.beats.items()}
+        return [
+            Seen(
+                rank, host, it.pid, it.step, it.phase, round(self.seconds[rank], 1),
+                limit_s(it, self.timeout, stopped=states[rank] in STOPPED), states[rank],
+            )
+            for rank, it in self.beats.items()
+        ]  # fmt: skip
+
+
 def seen_from(facts: Mapping[str, Any]) -> Seen:
     """The inverse of `facts`."""
     names = [field.name for field in dataclasses.fields(Seen)]
@@ -78,7 +149,7 @@ def culprits(everyone: Sequence[Seen]) -> tuple[list[Seen], str]:
     not in a collective while others' are.
     """
     alive = [one for one in everyone if one.phase != "ended" and one.state not in "ZX"]
-    stopped = [one for one in alive if one.state in "Tt"]
+    stopped = [one for one in alive if one.state in STOPPED]
     if stopped:
         return stopped, "stopped, by SIGSTOP or a debugger"
     positions = sorted({one.position for one in alive})

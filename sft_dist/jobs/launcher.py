@@ -26,6 +26,10 @@ from sft_dist.rundir import RunDir
 
 # The run directory, for workers whose launcher keeps the record of the attempt.
 ATTEMPT_HELD = "SFT_DIST_ATTEMPT_HELD"
+# Its process id, for the agent of torchrun.
+LAUNCHER = "SFT_DIST_LAUNCHER"
+# How long torchrun's agent lets workers save before it kills them, were it to end them: half a minute is its default.
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "PET_SHUTDOWN_TIMEOUT": "600"}
 POLL_S = 0.1
 # How often a task looks what the others said, and how long its workers may take to end once it is over elsewhere.
 LOOK_S, PATIENCE_S = 1.0, 15.0
@@ -53,11 +57,11 @@ class Workers:
 def run_workers(run: RunDir, resolved: Resolved, heard: Sequence[int], place: Place | None = None) -> int:
     """Train `run` with the plan's processes and wait for them; the exit status of torchrun.
 
-    The workers stand in a session of their own, so that Ctrl-C reaches only this process, and the agent of torchrun,
-    which would kill them after 30 s, hears nothing of it: signals are sent to the workers as they are added to `heard`;
-    they agree on a step, save and end, or are killed once their time (`train.stop_timeout`) is up. They save, too, within the
-    agent's 30 s, if this process is killed. How they ended is in status.json; an exit status does not survive torchrun. In a job `place` is this task's, and the other tasks are
-    told to start their share.
+    The workers stand in a session of their own, so that Ctrl-C reaches only this process: signals are sent to them as
+    they are added to `heard`; they agree on a step, save and end, or are killed once their time (`train.stop_timeout`) is up.
+    The agent of torchrun does nothing about signals while this process is there (jobs/elastic.py); when it is gone, it has the
+    workers save, too. How they ended is in status.json; an exit status does not survive torchrun. In a job `place` is this
+    task's, and the other tasks are told to start their share.
     """
     share = Workers(resolved.layout.processes_per_node, resolved.num_threads if resolved.computes_on_host else None)
     if place is None:
@@ -107,7 +111,8 @@ def _run(
     watchdog = Watchdog(run, 1 if agent_is_worker else share.count, place)
     strays = accelerate_variables()
     inherited = {name: value for name, value in os.environ.items() if name not in strays}
-    environment = {**inherited, **watchdog.environment(inherited), **(extra or {}), ATTEMPT_HELD: str(run.path)}
+    held = {ATTEMPT_HELD: str(run.path), LAUNCHER: str(os.getpid())}
+    environment = {**PATIENCE, **inherited, **watchdog.environment(inherited), **(extra or {}), **held}
     if share.threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(share.threads))
     agent = subprocess.Popen(command, env=environment, stdout=STDERR, start_new_session=True, preexec_fn=_as_agent)
@@ -151,7 +156,10 @@ def is_over(run: RunDir) -> bool:
 
 def _left_early(run: RunDir) -> bool:
     """Whether a worker has left because it was told to, without the others: there was nothing to save."""
-    status = run.read_status()
+    try:
+        status = run.read_status()
+    except (OSError, ValueError):  # a file server that restarts; asked again in a second
+        return False
     return status.get("state") == "stopped" and bool(status.get("exit_status"))
 
 

@@ -24,12 +24,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sft_dist import __version__
 from sft_dist.files import read_jsonl, write_text
 from sft_dist.jobs.board import board_of
 from sft_dist.jobs.grace import Grace
 from sft_dist.jobs.host_signs import oom_kills
 from sft_dist.jobs.last_words import leave_ending
-from sft_dist.jobs.launcher import PR_SET_PDEATHSIG, Workers, is_over, run_share
+from sft_dist.jobs.launcher import PATIENCE, PR_SET_PDEATHSIG, Workers, is_over, run_share
 from sft_dist.jobs.place import PLACE, Place, find_place
 from sft_dist.jobs.requeue import bury, exclude_list
 from sft_dist.jobs.script import marker_text
@@ -57,6 +58,7 @@ class NodeJob:
         os.environ.update(job_environment(self.spec, os.environ))
         place = find_place(self.spec, os.environ)
         os.environ[PLACE] = place.to_text()
+        refuse_other_version(self.spec, place)
         if place.task == 0 and place.marker:
             with contextlib.suppress(OSError):  # a full disk is for the run to say
                 Path(f"{place.marker}.begun").touch()
@@ -73,11 +75,21 @@ def job_environment(spec: Mapping[str, Any], env: Mapping[str, str]) -> dict[str
         # On a network file system compilers' caches fail with stale handles, and each process waits for the others.
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        # The agent would kill workers that still save 30 s after a signal.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
-        "PET_SHUTDOWN_TIMEOUT": "600",
+        **PATIENCE,
     }
-    return {name: value for name, value in defaults.items() if name not in env}
+    of_image = spec.get("image_sets", ())
+    return {name: value for name, value in defaults.items() if name not in env or name in of_image}
+
+
+def refuse_other_version(spec: Mapping[str, Any], place: Place) -> None:
+    """SystemExit, with the reason on record, if the job's image holds another version than the one that submitted it."""
+    if spec.get("package", __version__) == __version__:
+        return
+    reason = f"the image holds sft-dist {__version__}, and the job was submitted with {spec['package']}"
+    if place.task == 0:
+        RunDir(Path(place.run)).write_status(state="failed", reason=reason, exit_status=3)
+    sys.stderr.write(f"error: {reason}\n  build the image from that version: docs/containers.md\n")
+    sys.exit(3)
 
 
 def _note(heard: list[int]) -> Any:

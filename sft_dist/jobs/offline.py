@@ -53,14 +53,21 @@ def _places(config: Config, run: RunDir) -> Iterator[tuple[str, Path]]:
     yield "SFT_DIST_CACHE", Path(names["SFT_DIST_CACHE"])
     if "/" in config.model.name and not Path(config.model.name).expanduser().is_dir():
         yield "HF_HOME", Path(names.get("HF_HUB_CACHE") or names["HF_HOME"])
+    yield from ((field, path) for field, path in named_files(config) if path.exists())
+    if config.container.runtime == "none":
+        yield "the Python environment", Path(sys.prefix)
+    elif (image := Path(str(config.container.image)).expanduser()).exists():
+        yield "container.image", image.absolute()
+
+
+def named_files(config: Config) -> Iterator[tuple[str, Path]]:
+    """What the config names that may be files here: "data.train", /data/rows.jsonl. Names of a hub look like files, too."""
     files = {"model.name": config.model.name, "model.tokenizer": config.model.tokenizer}
     for field, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         files |= {f"{field}[{index}]": part.path for index, part in enumerate(source.parts if source else ())}
     for field, name in files.items():
-        path = Path(name or "").expanduser()
-        if name and path.exists():
-            yield field.removesuffix("[0]"), path.absolute()
-    yield "the Python environment", Path(sys.prefix)
+        if name:
+            yield field.removesuffix("[0]"), Path(name).expanduser().absolute()
 
 
 def _own(path: Path, mounts: dict[Path, str]) -> bool:

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,3 +200,11 @@ def _lock(path: Path) -> Lock | None:
         return None
     found = re.match(r"process (\d{1,9}) on (\S+)", said, re.ASCII)
     return Lock(int(found[1]), found[2], datetime.datetime.fromtimestamp(since, datetime.UTC)) if found else None
+
+
+def gpus_of_attempt(row: Row, jobs: Sequence[Submitted], otherwise: int | None) -> int | None:
+    """GPUs of all nodes of an attempt on record: its own number, else that of its job, else `otherwise` (of env.json)."""
+    gpus = whole(row.get("gpus"))
+    if gpus is None:
+        gpus = {it.id: it.gpus for it in jobs}.get(str(row.get("job_id")))
+    return otherwise if gpus is None else gpus

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft_dist.config.loader import load_run_config
+from sft_dist.errors import SftDistError
 from sft_dist.files import append_jsonl, read_jsonl
-from sft_dist.jobs.decision import decide, excluded, reached
+from sft_dist.jobs.decision import FRUITLESS_IF_ASKED, decide, excluded, reached, without_progress
 from sft_dist.jobs.evidence import Mark, ask_past, explain, mark
 from sft_dist.jobs.failures import Failure, classify
 from sft_dist.jobs.last_words import read_words
@@ -46,9 +47,18 @@ class Settler:
     since: Mark = field(default_factory=Mark)
 
     def begin(self) -> None:
-        """Before the attempt is on record, with the run locked: an earlier one that left no line gets one."""
+        """Before the attempt is on record, with the run locked: an earlier one that left no line gets one.
+
+        Raises SftDistError if SLURM brings the job back after attempts that got nowhere; that is then the state of the run.
+        """
         with contextlib.suppress(OSError):  # a record that cannot be kept is no reason not to train
             bury(self.run, self.place)
+            if (why := spent(self.run, self.place)) is not None:
+                self.run.write_status(state="failed", reason=why)
+                raise SftDistError(
+                    why,
+                    hint=f"see logs and nodes: sft-dist status {self.run.path}; once more: sft-dist submit {self.run.path}",
+                )
         self.since = mark(self.run, self.place)
 
     def __call__(
@@ -106,6 +116,20 @@ def judge(
     if decision.requeue or decision.here:
         return Verdict("queued", reason, decision.text, decision.requeue, decision.without)
     return Verdict(state, reason, decision.text)
+
+
+def spent(run: RunDir, place: Place | None) -> str | None:
+    """Why a job that was requeued must not begin once more; None if it may.
+
+    An attempt that ends by itself decides what follows. Of one whose node was lost SLURM decides, and it does not count.
+    """
+    if place is None or not place.restart:
+        return None
+    rows = read_jsonl(run.attempts)
+    fruitless = without_progress(rows) if rows and rows[-1].get("job_id") == place.job else 0
+    if fruitless < FRUITLESS_IF_ASKED:
+        return None
+    return f"{rows[-1].get('reason') or 'it ended without a word'}; {fruitless} attempts in a row without progress"
 
 
 def exclude_list(run: RunDir, job_id: str | None) -> str:

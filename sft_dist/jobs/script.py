@@ -12,6 +12,7 @@ from sft_dist.config.rules_slurm import gpus_of, minutes
 from sft_dist.config.schema import Config
 from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.errors import ConfigError
+from sft_dist.jobs.container import JobContainer
 
 # Names and their short form, as in n[1-3],gpu7.
 NODE_LIST = r"[A-Za-z0-9._,\[\]-]+"
@@ -20,24 +21,30 @@ WAIT_S = 120
 
 
 def sbatch_options(
-    config: Config, folder: Path, *, tasks_per_node: int = 1, nodes: int | None = None, after: Sequence[str] = ()
+    config: Config,
+    folder: Path,
+    *,
+    tasks_per_node: int = 1,
+    nodes: int | None = None,
+    after: Sequence[str] = (),
+    container: JobContainer | None = None,
 ) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor; `folder` is where it keeps the job's files.
 
     Raises ConfigError for a folder whose name sbatch would not take as it is.
     """
     check_folder(folder)
-    slurm = config.slurm
+    slurm, container = config.slurm, container or JobContainer()
     options: dict[str, Any] = {
         "job_name": str(config.run.name),
         "time": minutes(slurm.time),
         "nodes": nodes or slurm.nodes,
         "ntasks_per_node": tasks_per_node,
         "signal_delay_s": slurm.signal_delay_s,
-        "setup": setup_lines(slurm),
+        "setup": [*container.before, *setup_lines(slurm), *container.after],
         "teardown": teardown_lines(folder, slurm.max_requeues),
         # A task that fails takes the others with it; one that has left does not keep them.
-        "srun_args": ["--kill-on-bad-exit=1", f"--wait={WAIT_S}"],
+        "srun_args": ["--kill-on-bad-exit=1", f"--wait={WAIT_S}", *container.srun_args],
     }
     for name in ("partition", "account", "qos", "constraint", "exclude", "nodelist", "cpus_per_task"):
         if getattr(slurm, name) is not None:
@@ -121,8 +128,8 @@ def marker_text(run: str, exclude: str = "") -> str:
 
 
 def python_command(folder: Path, python: str) -> str:
-    """What srun starts: submitit's loader of the pickled job."""
-    return f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    """What srun starts: submitit's loader of the pickled job, by a Python whose command is given as shell text."""
+    return f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
 
 
 def script_text(options: Mapping[str, Any], folder: Path, python: str, count: int = 1) -> str:

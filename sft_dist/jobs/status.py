@@ -14,7 +14,7 @@ from typing import Any
 
 from sft_dist.files import moment
 from sft_dist.jobs.queue import Job, Queue, ask_accounting, ask_queue, local_cluster
-from sft_dist.jobs.records import Record, Row, Submitted, read_record, whole
+from sft_dist.jobs.records import Record, Row, Submitted, gpus_of_attempt, read_record, whole
 from sft_dist.jobs.verdict import Verdict, jobs_of, seen_from, unresolved, verdict
 from sft_dist.jobs.walltime import Outlook, run_outlook
 from sft_dist.rundir import RunDir
@@ -173,27 +173,18 @@ def gpu_hours(
     began: datetime.datetime | None = None,
     job_id: str | None = None,
 ) -> float | None:
-    """GPU hours of the attempts on record and, from `began` to `until`, of one that is not (of job `job_id`); None where nothing says.
-
-    `gpus` of an attempt counts those of all its nodes. An attempt without it had those of its job, or of env.json.
-    """
-    of_job = {it.id: it.gpus for it in jobs}
+    """GPU hours of the attempts on record and, from `began` to `until`, of one that is not (of job `job_id`); None where nothing says."""
     spans: list[tuple[float, int | None]] = []
     ended: datetime.datetime | None = None
     for row in record.attempts:
         start, end = moment(row.get("start")), moment(row.get("end"))
         if start is None or end is None:
             continue
-        gpus = whole(row.get("gpus"))
-        gpus = of_job.get(str(row.get("job_id"))) if gpus is None else gpus
-        gpus = record.gpus if gpus is None else gpus
-        spans.append(((end - start).total_seconds(), gpus))
+        spans.append(((end - start).total_seconds(), gpus_of_attempt(row, jobs, record.gpus)))
         ended = end if ended is None else max(ended, end)
     if began is not None and until is not None:
         start = began if ended is None else max(began, ended)
-        gpus = of_job.get(job_id or "")
-        gpus = record.gpus if gpus is None else gpus
-        spans.append(((until - start).total_seconds(), gpus))
+        spans.append(((until - start).total_seconds(), gpus_of_attempt({"job_id": job_id or ""}, jobs, record.gpus)))
     known = [max(0.0, seconds) * gpus / 3600 for seconds, gpus in spans if gpus is not None]
     return sum(known) if known else None
 

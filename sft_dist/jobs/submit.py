@@ -20,6 +20,7 @@ from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.errors import ConfigError, PreflightError, SftDistError
 from sft_dist.files import read_json, utc_now, write_json, write_text
 from sft_dist.jobs.board import board_file
+from sft_dist.jobs.container import JobContainer, job_container, spec_inside
 from sft_dist.jobs.node import NodeJob
 from sft_dist.jobs.offline import caches
 from sft_dist.jobs.queue import call, local_cluster
@@ -70,7 +71,7 @@ def dry_script(
     """The script that `submit` would hand to sbatch for these parts."""
     _submitit()
     folder = folder or slurm_folder(parts[0].run)
-    return script_text(_options(parts[0], folder, after, name), folder, sys.executable, len(parts))
+    return script_text(_options(parts[0], folder, after, name), folder, _container(parts[0]).python, len(parts))
 
 
 def submit(
@@ -99,7 +100,7 @@ def submit(
             part.run.cancelled.unlink(missing_ok=True)
             part.run.write_status(state="queued", reason=None)
         if not local:
-            text = script_text(options, folder, sys.executable, len(parts))
+            text = script_text(options, folder, _container(parts[0]).python, len(parts))
             write_text(part.run.plan / "job.sbatch", text)
     jobs = [NodeJob(_spec(part, folder)) for part in parts]
     try:
@@ -107,7 +108,8 @@ def submit(
             if local:
                 submitted = [_submit_here(submitit, parts[0], folder, jobs[0])]
             else:
-                executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+                python = _container(parts[0]).python
+                executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_python=python)
                 executor.update_parameters(**{f"slurm_{option}": value for option, value in options.items()})
                 with executor.batch() if len(jobs) > 1 else contextlib.nullcontext():
                     submitted = [executor.submit(job) for job in jobs]
@@ -138,10 +140,21 @@ def submit_in_turn(parts: Sequence[Part], *, after: Sequence[str] = (), local: b
 
 
 def _options(part: Part, folder: Path, after: Sequence[str], name: str | None = None) -> dict[str, Any]:
-    options = sbatch_options(part.config, folder, tasks_per_node=part.tasks_per_node, nodes=part.nodes, after=after)
+    options = sbatch_options(
+        part.config,
+        folder,
+        tasks_per_node=part.tasks_per_node,
+        nodes=part.nodes,
+        after=after,
+        container=_container(part),
+    )
     if part.kind != "run":
         options["job_name"] += f"-{part.kind}"
     return {**options, "job_name": name or options["job_name"]}
+
+
+def _container(part: Part) -> JobContainer:
+    return job_container(part.config, part.run.path.absolute().parent)
 
 
 def local_gpus(slurm: SlurmConfig) -> str:
@@ -182,6 +195,7 @@ def _spec(part: Part, folder: Path) -> dict[str, Any]:
     if "wandb" in config.tracking.report_to and config.tracking.wandb_mode is None:
         env["WANDB_MODE"] = "offline"
     return {
+        **spec_inside(config),
         "run": str(part.run.path.absolute()),
         "folder": str(folder),
         "parts": list(part.parts),

@@ -13,16 +13,16 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.errors import SftDistError
 from sft_dist.files import utc_now, write_text
-from sft_dist.jobs.beats import BEATS, Beat, make_folder, read_beats, remove_folder
+from sft_dist.jobs.beats import BEATS, make_folder, read_beats, remove_folder
 from sft_dist.jobs.board import board_of
 from sft_dist.jobs.decision import reached
-from sft_dist.jobs.hang import LIMITS, HangTimeout, Seen, culprits, limit_s, never_came, overdue, reason, seen_from
+from sft_dist.jobs.hang import STOPPED, HangTimeout, Seen, Watch, culprits, never_came, overdue, reason, seen_from
 from sft_dist.jobs.last_words import leave_kind
 from sft_dist.jobs.place import Place
 from sft_dist.jobs.stacks import ask_flight_recorder, dump_stacks, flight_recorder, report_text, state_of, waits
@@ -30,64 +30,8 @@ from sft_dist.rundir import RunDir
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
-# A longer gap between two looks means that this process did not run either.
-GAP_S = 5.0
-# From here on without a beat it may be that another node has noticed a hang, and the board is read.
-QUIET_S = 10.0
 # How long the other nodes have to say what they see, NCCL to write, and workers to end by themselves.
 OTHERS_S, NCCL_S, LEAVE_S = 6.0, 2.0, 5.0
-# The states of a process that a signal or a debugger has stopped (proc(5)).
-STOPPED = ("T", "t")
-
-
-class Watch:
-    """For how long each process has not beaten."""
-
-    def __init__(self, expected: int, timeout: HangTimeout) -> None:
-        self.expected, self.timeout = expected, timeout
-        self.beats: dict[int, Beat] = {}
-        self.seconds: dict[int, float] = {}
-        self.waited = 0.0
-        """For those that have not come yet."""
-        self._last: float | None = None
-
-    def see(self, beats: Sequence[Beat], now: float) -> None:
-        """Take in what the processes last said, at this moment of the monotonic clock."""
-        passed = 0.0 if self._last is None else min(max(0.0, now - self._last), GAP_S)
-        self._last = now
-        for beat in beats:
-            before = self.beats.get(beat.rank)
-            moved = before is None or (before.count, before.pid) != (beat.count, beat.pid)
-            self.seconds[beat.rank] = 0.0 if moved else self.seconds[beat.rank] + passed
-            self.beats[beat.rank] = beat
-        self.waited = 0.0 if len(self.beats) >= self.expected else self.waited + passed
-
-    def late(self) -> list[int]:
-        """The ranks that have been silent for longer than their phase allows."""
-        return [rank for rank, beat in self.beats.items() if self.seconds[rank] >= limit_s(beat, self.timeout)]
-
-    def missing(self) -> bool:
-        """Whether a process has had its time to start, and did not."""
-        return self.timeout is not None and self.waited >= LIMITS["start"]
-
-    def quiet(self) -> bool:
-        """Whether any process was silent for long enough to ask what the other nodes see."""
-        silent = (
-            min(QUIET_S, limit_s(beat, self.timeout) / 2) <= self.seconds[rank]
-            for rank, beat in self.beats.items()
-            if beat.phase != "ended"
-        )
-        return any(silent)
-
-    def seen(self, host: str, state: Callable[[int], str] = state_of) -> list[Seen]:
-        """All processes of this node as they stand."""
-        return [
-            Seen(
-                rank, host, it.pid, it.step, it.phase, round(self.seconds[rank], 1), limit_s(it, self.timeout),
-                state(it.pid),
-            )
-            for rank, it in self.beats.items()
-        ]  # fmt: skip
 
 
 class Watchdog:

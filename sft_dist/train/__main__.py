@@ -28,7 +28,7 @@ from sft_dist.rundir import RunDir, create_run, runs_root
 from sft_dist.train import heartbeat
 from sft_dist.train.attempt import TWICE, Attempt, attempt, joined
 from sft_dist.train.ranks import MainFailed, Ranks, has_met, join, leave
-from sft_dist.train.shutdown import Interrupted, StopRequest
+from sft_dist.train.shutdown import Interrupted, StopRequest, heard_while_waiting
 
 # How long a process that fails as the main one does leaves the word to it: hosts start seconds apart.
 MAIN_TELLS_S = 15.0
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         world = with_told(world)
         # Libraries load for seconds: whoever asks for a stop meanwhile gets no traceback. What fails before the processes
         # meet is put down here, later failures where the run is entered.
-        with StopRequest(), leaving_words(held_run(ATTEMPT_HELD), world.rank):
+        with StopRequest(started=_started(world)), leaving_words(held_run(ATTEMPT_HELD), world.rank):
             _train(arguments[0], world)
     except MainFailed as error:
         _let_main_tell()
@@ -97,6 +97,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _started(world: World) -> bool:
+    """Whether a launcher has started this process, which hears signals as well and passes them on."""
+    return world.launched or ATTEMPT_HELD in os.environ
+
+
 def _told_elsewhere() -> bool:
     """Whether another process has left because it was told to: this one only missed it, which is no news to anybody."""
     run = held_run(ATTEMPT_HELD)
@@ -122,6 +127,12 @@ def _stopped(error: RunStopped, world: World) -> int:
     return exit_status(error)
 
 
+def _leave_alone(number: int, world: World) -> None:
+    """End this process, which waits for another one that may have gone."""
+    error = Interrupted(f"stopped by {signal.Signals(number).name} while the processes met")
+    os._exit(_stopped(error, world))
+
+
 def _let_main_tell() -> None:
     """Wait, so that the main process says what is wrong: when it ends, the launcher ends this one here.
 
@@ -131,6 +142,7 @@ def _let_main_tell() -> None:
 
 
 def _train(argument: str, world: World) -> None:
+    from sft_dist.evaluate.asking import asking
     from sft_dist.train.pretrained import resolve_model
     from sft_dist.train.settle import as_main, needs_packages, record_environment, resolve_here, unused_packages
     from sft_dist.train.worker import train
@@ -151,16 +163,18 @@ def _train(argument: str, world: World) -> None:
         check_deepspeed(resolved.given)
     for source in (config.model.name, config.model.tokenizer or config.model.name):
         resolve_model(source)  # once they have met, transformers saves what is built on the main process only
-    ranks = join(world, use_cpu=resolved.use_cpu)
+    with heard_while_waiting(lambda number: _leave_alone(number, world)):
+        ranks = join(world, use_cpu=resolved.use_cpu)
     mine = resolved
     resolved = as_main(ranks, lambda: mine, mine.num_threads)
     run = _open_together(argument, resolved, ranks)
-    with _entered(run, ranks) as current, leaving_words(run, ranks.rank):
+    with _entered(run, ranks, started=_started(world)) as current, leaving_words(run, ranks.rank):
         if ranks.is_main and not os.environ.get(ATTEMPT_HELD):
             record_environment(run, resolved)
+            current.facts["gpus"] = resolved.gpus
         importlib.import_module("sft_dist.train.trainer")  # TRL, and with it all that takes seconds
         libraries_are_in()
-        train(run, current, resolved, ranks)
+        train(run, current, resolved, ranks, asking(run, resolved, current, ranks))
 
 
 def _open_together(argument: str, resolved: Resolved, ranks: Ranks) -> RunDir:
@@ -177,13 +191,13 @@ def _open_together(argument: str, resolved: Resolved, ranks: Ranks) -> RunDir:
 
 
 @contextlib.contextmanager
-def _entered(run: RunDir, ranks: Ranks) -> Iterator[Attempt]:
+def _entered(run: RunDir, ranks: Ranks, *, started: bool) -> Iterator[Attempt]:
     """The attempt: of this process, unless a launcher or the main process keeps its record."""
     with contextlib.ExitStack() as stack:
         if not os.environ.get(ATTEMPT_HELD):
             entered: list[Attempt] = []
             # The others wait: a run that another launcher holds is not theirs either.
-            ranks.by_main(lambda: entered.append(stack.enter_context(attempt(run, Settler(run)))))
+            ranks.by_main(lambda: entered.append(stack.enter_context(attempt(run, Settler(run), started=started))))
             yield entered[0] if entered else stack.enter_context(joined(run, reports=False))
             return
         yield stack.enter_context(joined(run, reports=ranks.is_main))

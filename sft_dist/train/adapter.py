@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from sft_dist.train.tokenizer import RunTokenizer
     from sft_dist.train.trainer import Trainer
 
-# The adapter's own files inside of model/.
-ADAPTER = "adapter"
 # What FSDP's recomputing puts into the names of modules and parameters.
 RECOMPUTING = "_checkpoint_wrapped_module."
 

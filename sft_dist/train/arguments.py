@@ -14,6 +14,7 @@ from sft_dist.parallel.plans import fsdp_config, parallelism_config
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
 from sft_dist.train.resume import Resume
+from sft_dist.train.trackers import name_for_trackers
 
 
 def sft_config(
@@ -31,6 +32,9 @@ def sft_config(
     Raises ConfigError if TRL or transformers refuse the arguments.
     """
     arguments = _plain_arguments(config, resolved, run, has_eval=has_eval)
+    if not engine:
+        # A login node proves what GPUs will train, and transformers asks the machine that it is on.
+        arguments["tf32"] = None
     if resolved.layout.sequence_parallel_size > 1:
         # Ulysses gathers the rows of a group and cuts them into equal parts: all of them need the same length.
         arguments["pad_to_multiple_of"] = config.data.max_length
@@ -97,6 +101,8 @@ def _plain_arguments(config: Config, resolved: Resolved, run: RunDir, *, has_eva
     train, checkpoint = config.train, config.checkpoint
     return {
         "output_dir": str(run.checkpoints),
+        "run_name": name_for_trackers(config, run),
+        "project": config.tracking.project,
         "seed": config.run.seed,
         "use_cpu": resolved.use_cpu,
         # The weights are already in the type to compute in; autocast would only cast them again at every use.

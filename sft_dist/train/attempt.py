@@ -17,7 +17,7 @@ from sft_dist.train.ranks import MainFailed
 from sft_dist.train.shutdown import Interrupted, StopRequest
 
 # What workers leave in status.json for the launcher that keeps the record.
-OUTCOME = ("exit_status", "first_step", "last_step", "accepted_change")
+OUTCOME = ("exit_status", "first_step", "last_step", "accepted_change", "energy_kwh")
 TWICE = "interrupted twice, without a save"
 
 
@@ -47,16 +47,16 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def attempt(run: RunDir, settle: Settle | None = None) -> Iterator[Attempt]:
+def attempt(run: RunDir, settle: Settle | None = None, *, started: bool = False) -> Iterator[Attempt]:
     """Enter an attempt: signals are caught, the state is `running`; when the block ends, how it ended is written.
 
-    `settle` decides what follows from the end, and adds to the record.
+    `settle` decides what follows from the end, and adds to the record. `started`: see StopRequest.
 
     A second process that enters the same run is refused (ConfigError). A requested stop leaves as RunStopped, whatever
     stage it interrupted; other exceptions pass unchanged.
     """
     with run.locked():
-        yield from _attempt(run, settle)
+        yield from _attempt(run, settle, started=started)
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
 
     Signals are caught; with `reports` how the block ended is left in status.json for the one that keeps the record.
     """
-    with StopRequest() as stop:
+    with StopRequest(started=True) as stop:
         current = Attempt(stop)
         outcome: dict[str, Any] = {"state": "running", "reason": None, "exit_status": 0}
         agreed = False
@@ -97,7 +97,7 @@ def joined(run: RunDir, *, reports: bool) -> Iterator[Attempt]:
                     run.write_status(**outcome, **current.facts)
 
 
-def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
+def _attempt(run: RunDir, settle: Settle | None, *, started: bool) -> Iterator[Attempt]:
     if settle is not None:
         settle.begin()
     number = len(read_jsonl(run.attempts)) + 1
@@ -105,7 +105,7 @@ def _attempt(run: RunDir, settle: Settle | None) -> Iterator[Attempt]:
     stale: dict[str, Any] = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
     run.write_status(state="running", reason=None, attempt=number, started=start["start"], **stale)
     state, reason = "done", None
-    with StopRequest() as stop:
+    with StopRequest(started=started) as stop:
         current = Attempt(stop)
         try:
             stop.release()

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sft_dist.config.schema import Config
 from sft_dist.files import PatientJsonl, read_jsonl, utc_now, write_jsonl
 from sft_dist.rundir import RunDir
+from sft_dist.train.energy import joules
 from sft_dist.train.forecast import write_measurements
 from sft_dist.train.progress import Progress
 from sft_dist.train.ranks import Ranks
@@ -51,6 +52,9 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self.first_step = 0
         self.stopped_by: str | None = None
         """Name of the signal that ended the training early."""
+        self.energy: dict[str, float] = {}
+        """`energy_kwh` that the GPUs of all processes have used, once the training has ended; {} where they do not count."""
+        self._joules: float | None = None
         self._tokens_before = 0
         self._tokens, self._seconds, self._step_began, self._status_time = 0, 0.0, 0.0, 0.0
         self._step_ended: float | None = None
@@ -60,6 +64,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Start the clock; metrics that an earlier attempt wrote beyond the resumed checkpoint are taken back."""
         self.first_step = state.global_step
+        self._joules = joules(use_cpu=args.use_cpu)
         if not self.ranks.is_main:
             return
         rows = read_jsonl(self.run.metrics)
@@ -122,8 +127,9 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """One row of metrics.jsonl; tokens_per_s counts non-padding tokens over the time inside steps since the last one,
         memory_gib is the peak so far: of the GPU's allocator, or of the process on a CPU; mfu as train/forecast.py says."""
-        self._count_wait()
         row = {"time": utc_now(), "step": state.global_step, **(logs or {})}
+        if "loss" in row:
+            self._count_wait()
         tokens = row.pop("num_tokens", None)
         if "train_runtime" in row:  # transformers' summary, averaged over saving too; tokens since the last row count
             self._tokens = tokens or self._tokens
@@ -162,7 +168,11 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
                 {"state": "stopped", "reason": self.stop_reason(state.global_step), "exit_status": 0} if stopped else {}
             )
             self._tell(**end, step=state.global_step, max_steps=state.max_steps)
-        peak = max(self.ranks.everyones(_peak_memory_gib()))
+        now = joules(use_cpu=args.use_cpu)
+        used = None if now is None or self._joules is None else now - self._joules
+        peaks, energies = zip(*self.ranks.everyones((_peak_memory_gib(), used)), strict=True)
+        if None not in energies:
+            self.energy = {"energy_kwh": round(sum(energies) / 3.6e6, 6)}
         if not self.ranks.is_main:
             return
         if missing := self._rows.flush():
@@ -170,7 +180,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             self.metrics_lost = missing
         write_measurements(
             self.run,
-            peak_memory_gib=peak,
+            peak_memory_gib=max(peaks),
             step_seconds=self._step_seconds,
             tokens=int(self._tokens),
             processes=self.ranks.size,
@@ -178,7 +188,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         )
 
     def _count_wait(self) -> None:
-        """The first log after a step has waited for the loss: a GPU may have been at work on the step until then."""
+        """Who logs the loss has waited for it: a GPU may have been at work on the step until then."""
         if self._step_ended is not None:
             waited, self._step_ended = time.monotonic() - self._step_ended, None
             self._seconds += waited

@@ -2,7 +2,8 @@
 
 TRL's head computes the logits twice (once for the loss, once for the gradient) and, where there is no Triton, does so
 for every position, trained or not. Here only the trained positions meet the head, once: three matrix products instead
-of four. The gradient with respect to the logits is softmax(z) - onehot(target), divided by the number of tokens.
+of four. The gradient with respect to the logits is softmax(z) - onehot(target), divided by the number of tokens. Where
+rows give tokens weights, each counts by its weight, and the loss is divided by their sum.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 # Logits of so many tokens exist at a time. On a CPU they should stay near the caches; a GPU wants long products.
 CPU_CHUNK = 256
 GPU_CHUNK = 2048
+# What a batch holds for the trainer only.
+NOT_FOR_THE_MODEL = ("labels", "shift_labels", "filling", "weights")
 # Settings of a model config that change its logits; TRL's own head knows them, this one leaves such models to it.
 LOGIT_SETTINGS = (
     "final_logit_softcapping",
@@ -59,6 +62,7 @@ def install(model: PreTrainedModel) -> None:
         positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         num_items: torch.Tensor | None = None,
+        shares: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not trained_token_loss:
@@ -66,9 +70,9 @@ def install(model: PreTrainedModel) -> None:
         assert positions is not None and targets is not None
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state.flatten(0, 1)
         divisor = torch.full_like(targets[:1].sum(), targets.numel()) if num_items is None else num_items
-        loss, correct = self.get_output_embeddings()(
-            hidden.index_select(0, positions), targets=targets, divisor=divisor.to(hidden.device).clamp(min=1)
-        )
+        divisor = divisor.to(hidden.device).clamp(min=1)
+        chosen = hidden.index_select(0, positions)
+        loss, correct = self.get_output_embeddings()(chosen, targets=targets, divisor=divisor, shares=shares)
         return {"loss": loss, "correct": correct}
 
     def head_forward(
@@ -76,10 +80,12 @@ def install(model: PreTrainedModel) -> None:
         hidden: torch.Tensor,
         targets: torch.Tensor | None = None,
         divisor: torch.Tensor | None = None,
+        shares: torch.Tensor | None = None,
     ) -> Any:
         if targets is None:
             return original_head(hidden)
-        return _HeadLoss.apply(hidden, self.weight, targets, divisor)  # type: ignore[no-untyped-call]
+        parts = None if shares is None else from_bits(shares)
+        return _HeadLoss.apply(hidden, self.weight, targets, divisor, parts)  # type: ignore[no-untyped-call]
 
     model.forward = types.MethodType(forward, model)
     head.forward = types.MethodType(head_forward, head)
@@ -88,16 +94,20 @@ def install(model: PreTrainedModel) -> None:
 def trained_token_loss(
     model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
 ) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """The loss of a batch summed over its trained tokens and divided by `num_items` (their own number if None).
+    """The loss of a batch summed over its trained tokens and divided by `num_items` (their own `amount` if None).
 
-    `model` is one that `install` changed, in whatever wrapper the plan put around it. Returns the loss (float32 scalar),
+    Where the batch has weights, each token's loss is multiplied by its own. `model` is one that `install` changed, in whatever wrapper the plan put around it. Returns the loss (float32 scalar),
     the number of trained tokens, and how many of them the model predicts (scalar on the device).
     """
     if "targets" not in inputs:
         inputs = with_targets(inputs)
     # transformers divides the count, which makes it a float; FSDP2 would cast that to bfloat16, and 301 is 300 there.
+    rest = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+    if "weights" in inputs:
+        whole = amount(inputs) if num_items is None else torch.as_tensor(num_items)
+        shares = from_bits(inputs["weights"]).double() / torch.where(whole > 0, whole, 1)
+        rest["shares"], num_items = as_bits(shares.float()), 1
     total = None if num_items is None else torch.as_tensor(num_items).round().to(torch.int64)
-    rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "filling")}
     output = model(**rest, num_items=total, trained_token_loss=True)
     return output["loss"], inputs["targets"].numel(), output["correct"]
 
@@ -107,20 +117,54 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
 
     Both are [N], int64; a position counts over the flattened rows and stands one before its target. Done while a batch is
     put together on the CPU, since a GPU would have to be waited for to learn how many they are. A part of rows that are
-    cut between processes comes with `shift_labels`, which stand where they are to be predicted already.
+    cut between processes comes with `shift_labels`, which stand where they are to be predicted already. So do `weights`,
+    of which those of the trained tokens are left.
     """
-    labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    labels = _labels_ahead(batch)
     rows, columns = (labels != -100).nonzero(as_tuple=True)
     positions = rows * batch["input_ids"].shape[1] + columns
-    return {**batch, "positions": positions, "targets": labels[rows, columns]}
+    weights = {"weights": batch["weights"][rows, columns]} if "weights" in batch else {}
+    return {**batch, **weights, "positions": positions, "targets": labels[rows, columns]}
+
+
+def amount(batch: dict[str, Any]) -> torch.Tensor:
+    """What the loss of a batch is a mean over: the number of its trained tokens, or the sum of their weights (float64)."""
+    if "weights" not in batch:
+        return torch.tensor(batch["targets"].numel()) if "targets" in batch else (_labels_ahead(batch) != -100).sum()
+    chosen = batch if "targets" in batch else with_targets(batch)
+    return from_bits(chosen["weights"]).sum(dtype=torch.float64)
+
+
+def as_bits(numbers: torch.Tensor) -> torch.Tensor:
+    """float32 as int32 of the same bits: what stands beside a batch as floats, DeepSpeed and FSDP2 round to bfloat16."""
+    return numbers.view(torch.int32)
+
+
+def from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers that `as_bits` was given."""
+    return bits.view(torch.float32)
+
+
+def _labels_ahead(batch: dict[str, Any]) -> torch.Tensor:
+    """The labels where they are to be predicted, one before their token."""
+    labels: torch.Tensor = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    return labels
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        divisor: torch.Tensor,
+        shares: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [N, H], weight [V, H], targets [N], divisor scalar -> loss, number of correct predictions."""
+        """hidden [N, H], weight [V, H], targets [N], divisor scalar -> loss, number of correct predictions.
+
+        `shares` [N], float32: how much each target counts, if not once.
+        """
         device = hidden.device
         loss = torch.zeros((), dtype=torch.float32, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -135,11 +179,13 @@ class _HeadLoss(torch.autograd.Function):
             logits = rows @ weight.t()
             correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
             log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            loss -= log_probs.gather(1, wanted).sum()
+            share = None if shares is None else shares[start : start + size, None]
+            said = log_probs.gather(1, wanted)
+            loss -= (said if share is None else said * share).sum()
             if grad_hidden is None:
                 continue
             grad = log_probs.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
-            grad = grad.div_(divisor).to(weight.dtype)
+            grad = (grad.div_(divisor) if share is None else grad.mul_(share)).to(weight.dtype)
             grad_hidden[start : start + size] = grad @ weight
             del logits, log_probs  # the next chunk's need their place: 6 bytes for each of 2,048 x 151,936
             if not wants_weight:
@@ -162,4 +208,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, None if grad_weight is None else grad_weight * grad_loss, None, None
+        return grad_hidden * grad_loss, None if grad_weight is None else grad_weight * grad_loss, None, None, None

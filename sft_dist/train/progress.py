@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows step, loss, tokens a second and time left of one training."""
+    """Shows step, loss, tokens a second and time left of one training; on a terminal that was closed, nothing any more."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self.silent = silent
@@ -37,12 +38,14 @@ class Progress:
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[shown]}"), console=console)
             self._task = self._bar.add_task("train", total=max_steps, completed=step, shown="")
-            self._bar.start()
+            with contextlib.suppress(OSError):
+                self._bar.start()
 
     def step(self, step: int) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=step)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Show one row of metrics."""
@@ -54,7 +57,8 @@ class Progress:
                 parts.append(f"{name} {row[name]:{form}}")
         self._shown = "  ".join(parts)
         if self._bar is not None:
-            self._bar.update(self._task, shown=self._shown)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, shown=self._shown)
             return
         done = row["step"] - self._first
         left = (time.monotonic() - self._started) / done * (self._last - row["step"]) if done > 0 else None
@@ -63,6 +67,7 @@ class Progress:
 
     def end(self) -> None:
         """Take the bar down."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError):
+                bar.stop()

@@ -1,17 +1,26 @@
-"""The order of rows, and the rows that fill an epoch's last step, so that every plan trains the same steps."""
+"""The order of rows, and the rows that fill an epoch's last step, so that every plan trains the same steps; their batches."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Sampler
+
+from sft_dist.train import loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from sft_dist.parallel.resolve import Resolved
+
+# The column of tokens' weights; only data in which some trained token counts other than once has it.
+WEIGHTS = "loss_weights"
 
 
 def filled(dataset: Dataset, multiple: int, token: int) -> Dataset:
@@ -25,15 +34,46 @@ def filled(dataset: Dataset, multiple: int, token: int) -> Dataset:
     missing = -len(dataset) % multiple
     if not missing:
         return dataset
-    rows = {"input_ids": [[token]] * missing, "labels": [[-100]] * missing}
+    rows: dict[str, Any] = {"input_ids": [[token]] * missing, "labels": [[-100]] * missing}
     if "seq_lengths" in dataset.features:
         rows["seq_lengths"] = [[1]] * missing
+    if WEIGHTS in dataset.features:
+        rows[WEIGHTS] = [[0.0]] * missing
     return concatenate_datasets([dataset, type(dataset).from_dict(rows, features=dataset.features)])
+
+
+def rows_of_whole_steps(resolved: Resolved) -> int:
+    """Rows that make a whole number of steps, and of micro batches on each process."""
+    layout, micro = resolved.layout, resolved.per_device_train_batch_size
+    return micro * math.lcm(resolved.gradient_accumulation_steps * layout.data_parallel_size, layout.world_size)
 
 
 def is_filling(row: dict[str, list[int]]) -> bool:
     """Whether a row is one of those; no other row has only one token, since the first one is never predicted."""
     return len(row["input_ids"]) == 1
+
+
+class Collator:
+    """TRL's collator, and beside its columns what the one-pass loss needs of a batch."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], *, cuts_rows: bool) -> None:
+        self.collate, self.cuts_rows = collate, cuts_rows
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        if WEIGHTS in rows[0]:
+            batch["weights"] = loss.as_bits(_weights_ahead(rows, batch["labels"]))
+        # Ulysses cuts the rows of a batch between processes, and knows nothing of what else is in it.
+        return batch if self.cuts_rows else {**loss.with_targets(batch), "filling": sum(map(is_filling, rows))}
+
+
+def _weights_ahead(rows: list[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
+    """The weights in the shape of `labels`, each where its token is to be predicted: one before it."""
+    given = [torch.tensor(row[WEIGHTS], dtype=torch.float32) for row in rows]
+    weights = torch.zeros(labels.shape, dtype=torch.float32)
+    for place, own in enumerate(given if len(given) == len(labels) else [torch.cat(given)]):
+        weights[place, : len(own)] = own
+    return F.pad(weights[:, 1:], (0, 1))
 
 
 class EpochOrder(Sampler[int]):

@@ -72,6 +72,8 @@ def needs_packages(config: Config, resolved: Resolved) -> None:
     lora = config.model.lora
     plan = f"parallel.plan is {resolved.plan}"
     nf4 = lora is not None and lora.quantization != "none"
+    asked = {metric for it in config.evaluate.all_sets for metric in it.metrics}
+    overlap = sorted(asked & {"bleu", "chrf"})
     wanted = (
         (
             resolved.layout.plan.engine == "deepspeed",
@@ -81,8 +83,12 @@ def needs_packages(config: Config, resolved: Resolved) -> None:
         ),
         (lora is not None, "peft", "model.lora is set", "or train all weights: model.lora=null"),
         (nf4, "bitsandbytes", "model.lora.quantization is nf4", "or set model.lora.quantization=none"),
+        ("rouge" in asked, "rouge_score", "evaluate.sets asks for rouge", "or take that metric out"),
+        (config.evaluate.harness is not None, "lm_eval", "evaluate.harness is set", "or take that section out"),
+        (bool(overlap), "sacrebleu", f"evaluate.sets asks for {' and '.join(overlap)}", "or take that out"),
     )
     extras = {"deepspeed": "deepspeed", "peft": "lora", "bitsandbytes": "qlora"}
+    extras |= {"rouge_score": "metrics", "sacrebleu": "metrics", "lm_eval": "harness"}
     for needed, package, why, otherwise in wanted:
         if needed and find_spec(package) is None:
             raise PreflightError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sft_dist.config.schema import ModelConfig
 from sft_dist.data.template import ChatTemplate, choose_template, end_of_turn
 from sft_dist.errors import PreflightError
+from sft_dist.export import ROWS_OF
 from sft_dist.train.pretrained import resolve_model
 from sft_dist.train.quiet import quiet_libraries
 
@@ -17,10 +21,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Rows of a grown vocabulary: products of matrices run fastest in multiples of it.
-ROWS_OF = 64
+# A Chinese character, or a mark of its punctuation: a token of its own in vocabularies for Chinese.
+CHINESE = r"[\p{Han}\u3000-\u303f\uff00-\uffef\u2018-\u201d\u2026]"
 # Padding tokens by the names that model families gave them, taken when the tokenizer itself names none.
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+# What two tokenizers cut alike.
+TEXTS = (
+    "Order 1234, please!",
+    "  two  spaces\n\tand a tab",
+    "Grüße \u2014 \u4f60\u597d \U0001f389",
+    "def f(x):\n    return x",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ def load_tokenizer(model: ModelConfig) -> RunTokenizer:
     template = choose_template(tokenizer, model.chat_template)
     pieces = _add(tokenizer, (*template.new_tokens, *model.new_special_tokens), special=True)
     pieces |= _add(tokenizer, model.new_tokens, special=False)
+    _without_spaces(tokenizer, model.new_tokens)
     if tokenizer.eos_token is None and template.new_tokens:
         tokenizer.eos_token = template.new_tokens[-1]
     tokenizer.chat_template = template.text
@@ -80,6 +92,24 @@ def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, special: 
         # As they are written: a vocabulary that lowers its text would else take `A` for `a`.
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])
     return pieces
+
+
+def _without_spaces(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str]) -> None:
+    """Let the texts of a WordPiece vocabulary come back without a space before Chinese characters and the run's new tokens.
+
+    Its decoder puts one before each token that begins a word: an answer would never equal what was expected. For the texts that
+    this process shows and scores; a BertTokenizer that is loaded elsewhere builds its decoder anew.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    from tokenizers import Regex, decoders
+
+    if not isinstance(backend.decoder, decoders.WordPiece):
+        return
+    longest_first = sorted(new_tokens, key=len, reverse=True)
+    joined = "|".join([CHINESE, *(re.escape(token) for token in longest_first)])
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace(Regex(f"^ (?=(?:{joined})$)"), "")])
 
 
 def grow_embeddings(model: PreTrainedModel, tokens: RunTokenizer) -> None:
@@ -120,6 +150,18 @@ def _start(values: torch.Tensor, before: int, tokens: RunTokenizer) -> None:
         for token, pieces in tokens.pieces.items():
             if pieces:
                 values[tokens.tokenizer.convert_tokens_to_ids(token)] = old[list(pieces)].mean(0).to(values.dtype)
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What two equal tokenizers agree on: vocabulary, special tokens, template, and how they cut some texts."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    template = str(tokenizer.chat_template).replace("\r\n", "\n")  # a file is read with newlines of one kind
+    return {
+        "vocabulary": hashlib.sha256(vocabulary).hexdigest(),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+        "texts": [list(tokenizer(text)["input_ids"]) for text in TEXTS],
+    }
 
 
 def missing_model(model: ModelConfig, source: str, what: str, error: Exception) -> PreflightError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from sft_dist.parallel.resolve import Resolved
 from sft_dist.train import loss
 from sft_dist.train.adapter import save_adapter
 from sft_dist.train.optimizer import MasterWeightAdamW
-from sft_dist.train.rows import EpochOrder, begin_each_epoch_anew, filled, is_filling
+from sft_dist.train.rows import WEIGHTS, Collator, EpochOrder, begin_each_epoch_anew, filled, rows_of_whole_steps
 from sft_dist.train.saving import SavingTrainer, noted
 
 if TYPE_CHECKING:
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from sft_dist.data.prepared import Prepared
+
+NO_WEIGHTS = (
+    "the rows give messages weights, which TRL's own loss cannot take: train.extra or the model's head asks for it"
+)
 
 
 class Trainer(SavingTrainer):
@@ -36,24 +39,20 @@ class Trainer(SavingTrainer):
     """
 
     data_collator: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         mesh = self.accelerator.parallelism_config
-        # Ulysses cuts the rows of a batch between processes, and knows nothing of what else is in it.
         self.cuts_rows = mesh is not None and mesh.sp_enabled
         self.one_pass = loss.supports(model)
+        self.own_loss = self.one_pass and self.args.loss_type == "nll" and not self.args.label_smoothing_factor
         if self.one_pass:
             loss.install(model)
-            collate = self.data_collator
             # transformers takes a loss over parts of rows for a mean of its micro batch; ours is a share of the step's.
             self.model_accepts_loss_kwargs = True
-            if not self.cuts_rows:
-                self.data_collator = lambda rows: {
-                    **loss.with_targets(collate(rows)),
-                    "filling": sum(map(is_filling, rows)),
-                }
+            self.data_collator = Collator(self.data_collator, cuts_rows=self.cuts_rows)
         self._parameters = 0
         self.filling = 0
         """Rows at the end of the training rows that only fill the last step of an epoch."""
@@ -84,6 +83,10 @@ class Trainer(SavingTrainer):
             return
         super().save_model(output_dir, _internal_call=_internal_call)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, WEIGHTS])]
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
@@ -109,11 +112,11 @@ class Trainer(SavingTrainer):
         return 6 * self._parameters * int(inputs["input_ids"].numel())
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Trained tokens of the whole step over all processes; transformers finds none where rows are cut."""
-        if not self.cuts_rows:
+        """The `amount` of the whole step over all processes; transformers knows no weights, nor rows that are cut."""
+        if not self.cuts_rows and not any("weights" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
-        count = sum((batch["shift_labels"] != -100).sum() for batch in batch_samples)
-        return self.accelerator.reduce(torch.as_tensor(count).to(device), "sum")
+        amount = sum(loss.amount(batch) for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(amount).to(device), "sum")
 
     def compute_loss(
         self,
@@ -122,11 +125,11 @@ class Trainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The batch's loss, normalised by the trained tokens of the whole global batch.
+        """The batch's loss, normalised by the trained tokens of the whole global batch, or by the sum of their weights.
 
         With several processes it is multiplied by their number, as in transformers: the gradients are averaged.
         """
-        if not self.one_pass or return_outputs or self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+        if not self.own_loss or return_outputs:
             plain = {name: value for name, value in inputs.items() if name not in ("positions", "targets", "filling")}
             return super().compute_loss(model, plain, return_outputs, num_items_in_batch)
         value, trained, correct = loss.trained_token_loss(model, inputs, num_items_in_batch)
@@ -157,10 +160,10 @@ class Trainer(SavingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """As TRL's: the mean loss of a batch. It is noted with the trained tokens that it is the mean of."""
-        trained = inputs["targets"].numel() if "targets" in inputs else (inputs["labels"][:, 1:] != -100).sum()
+        """As TRL's: the mean loss of a batch. It is noted with the trained tokens (or weights) that it is the mean of."""
+        amount = loss.amount(inputs)
         value, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        count = torch.as_tensor(trained, dtype=torch.float64, device=value.device)
+        count = amount.to(value.device, torch.float64)
         # TRL's own mean over no token at all is not a number.
         self._evaluated += torch.stack([torch.where(count > 0, value.double() * count, 0.0), count])
         return value, logits, labels
@@ -221,7 +224,7 @@ def build_trainer(
             {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon},
         )
     pad = int(tokenizer.pad_token_id)
-    rows, held_out = filled(prepared.train, _rows_of_whole_steps(resolved), pad), prepared.eval
+    rows, held_out = filled(prepared.train, rows_of_whole_steps(resolved), pad), prepared.eval
     if held_out is not None:
         held_out = filled(held_out, arguments.per_device_eval_batch_size * resolved.layout.world_size, pad)
     try:
@@ -236,14 +239,10 @@ def build_trainer(
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"TRL refuses these settings: {error}", hint="look at train.extra and model") from error
+    if WEIGHTS in rows.features and not trainer.own_loss:
+        raise ConfigError(NO_WEIGHTS, hint="leave the weights out of the rows, or make them 0 or 1")
     trainer.filling = len(rows) - len(prepared.train)
     # Progress, status and metrics are ours; these two would print over them.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
-
-
-def _rows_of_whole_steps(resolved: Resolved) -> int:
-    """Rows that make a whole number of steps, and of micro batches on each process."""
-    layout, micro = resolved.layout, resolved.per_device_train_batch_size
-    return micro * math.lcm(resolved.gradient_accumulation_steps * layout.data_parallel_size, layout.world_size)

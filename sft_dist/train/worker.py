@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
@@ -20,6 +20,7 @@ from sft_dist.errors import ConfigError, DataError, PreflightError, RunStopped, 
 from sft_dist.files import write_json
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
+from sft_dist.parallel.world import unlaunched
 from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import Attempt
 from sft_dist.train.heartbeat import phase
@@ -29,9 +30,10 @@ from sft_dist.train.settle import as_main, record_refined
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
 
     from sft_dist.data.prepared import Prepared
+    from sft_dist.train.callbacks import RunRecorder
     from sft_dist.train.health import Health
     from sft_dist.train.saving import Saves
     from sft_dist.train.tokenizer import RunTokenizer
@@ -39,8 +41,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> None:
+def train(
+    run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks, asking: Sequence[TrainerCallback] = ()
+) -> None:
     """Train `run` to its end and leave its model in model/.
+
+    `asking` are callbacks that ask the model between steps; each gets the trainer as its `trainer`.
 
     Raises RunStopped after a requested stop, with a checkpoint saved; ConfigError, DataError or PreflightError before
     the first step.
@@ -73,14 +79,15 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
     model = _model(resolved, tokens, ranks)
     rows = prepared.ledger["train"]
     forecast = write_forecast(run, config, resolved, this_machine(), rows) if ranks.is_main else None
-    progress = Progress(silent=not ranks.is_main)
-    recorder = RunRecorder(run, config, current.stop, progress, saves, ranks, forecast)
+    recorder = RunRecorder(run, config, current.stop, Progress(silent=not ranks.is_main), saves, ranks, forecast)
     cut = [CutAnew(resume.checkpoint, ranks)] if resume is not None and resume.universal else []
-    late = LateEvaluation(run, ranks)
-    told = trackers(config, run) if ranks.is_main else []
-    callbacks = health.around([late, recorder, *told, *cut])
+    asking = [LateEvaluation(run, ranks), *asking]
+    told = trackers(config, run, resolved.facts()) if ranks.is_main else []
+    callbacks = health.around([*asking, recorder, *told, *cut])
     trainer = health.attend(build_trainer(config, resolved, arguments, model, tokens.tokenizer, prepared, callbacks))
-    trainer.saves, late.trainer = saves, trainer
+    trainer.saves = saves
+    for callback in asking:
+        callback.trainer = trainer
     with current.stop.deferred():
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume.checkpoint))
@@ -90,19 +97,24 @@ def train(run: RunDir, current: Attempt, resolved: Resolved, ranks: Ranks) -> No
             saves.leave()
             raise
         finally:
-            progress.end()
+            recorder.progress.end()
             step = trainer.state.global_step
             missed = missed_rows(recorder.metrics_lost, told)
-            current.facts.update(first_step=recorder.first_step, last_step=step, **missed)
-        if step < trainer.state.max_steps and recorder.stopped_by is None:
-            raise SftDistError(f"the rows ended at step {step} of {trainer.state.max_steps}: a loader lost some")
+            current.facts.update(first_step=recorder.first_step, last_step=step, **missed, **recorder.energy)
         if step < trainer.state.max_steps:
-            raise RunStopped(recorder.stop_reason(step))
+            raise _ended_early(step, trainer.state.max_steps, recorder)
         publish_model(run, config, resolved, trainer, tokens, ranks)
         asked = ranks.largest(current.stop.number)
         current.stop.agreed = ranks.size > 1  # a single process goes on, to ask the model
     if asked:  # during the last step or the publishing: both are done
         raise RunStopped("stopped after the last step; the model is complete")
+
+
+def _ended_early(step: int, max_steps: int, recorder: RunRecorder) -> SftDistError:
+    """Why the training is over before its last step."""
+    if recorder.stopped_by is None:
+        return SftDistError(f"the rows ended at step {step} of {max_steps}: a loader lost some")
+    return RunStopped(recorder.stop_reason(step))
 
 
 def _tell_libraries(resolved: Resolved) -> None:
@@ -186,19 +198,17 @@ def _prepare(run: RunDir, config: Config, tokens: RunTokenizer, ranks: Ranks) ->
 
 def _prepare_elsewhere(run: RunDir) -> None:
     """Have the rows prepared by a process that no launcher knows; its errors are raised here."""
-    foreign = re.compile(
-        r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|ACCELERATE|FSDP)_.*"
-    )
-    environment = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
     command = [sys.executable, "-m", "sft_dist.data_here", str(run.config)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=unlaunched(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stdout.splitlines()
         told = (
             json.loads(lines[-1]) if lines else {"message": f"preparing the rows ended with status {done.returncode}"}
         )
         kinds = {kind.exit_code: kind for kind in (SftDistError, ConfigError, PreflightError, DataError)}
-        raise kinds.get(done.returncode, SftDistError)(told["message"], hint=told.get("hint"))
+        error = kinds.get(done.returncode, SftDistError)(told["message"], hint=told.get("hint"))
+        error.kind = told.get("kind", error.kind)
+        raise error
 
 
 def _refine(run: RunDir, resolved: Resolved, ledger: dict[str, Any], ranks: Ranks) -> Resolved:
@@ -215,7 +225,11 @@ def summary(ledger: dict[str, Any]) -> str:
     train = ledger["train"]
     share = 100 * train["trained_tokens"] / train["tokens"]
     dropped = sum(value for name, value in train.items() if name.startswith("dropped") and isinstance(value, int))
+    weighted = train.get("weighted_rows", 0)
+    weights = f"{weighted} rows with weights that add up to {train['trained_weight']:.6g}; " if weighted else ""
+    both = (ledger.get("eval") or {}).get("also_in_train", 0)
+    twice = f"{both} held-out rows are trained as well; " if both else ""
     return (
         f"data: {train['rows']} rows, {train['tokens']} tokens, {share:.1f}% trained; "
-        f"{train['truncated_rows']} rows cut, {dropped} dropped; {ledger['template']}"
+        f"{weights}{twice}{train['truncated_rows']} rows cut, {dropped} dropped; {ledger['template']}"
     )

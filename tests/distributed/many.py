@@ -36,6 +36,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from sft_dist.config.loader import load_run_config
 from sft_dist.errors import RunStopped, SftDistError, explained
+from sft_dist.evaluate.asking import asking
 from sft_dist.files import write_json
 from sft_dist.logs import log_to_stderr
 from sft_dist.parallel.world import this_world
@@ -118,7 +119,7 @@ def train_all(arms: list[str]) -> int:
             with attempt(run) if ranks.is_main else joined(run, reports=False) as current:
                 if ranks.is_main:
                     record_environment(run, resolved)
-                train(run, current, resolved, ranks)
+                train(run, current, resolved, ranks, asking(run, resolved, current, ranks))
         except RunStopped:
             pass
         except SftDistError as error:

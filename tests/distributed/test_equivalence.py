@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft_dist.files import read_json, read_jsonl
+from sft_dist.files import read_json, read_jsonl, write_jsonl
 from sft_dist.parallel.machine import this_machine
 from sft_dist.rundir import RunDir
 
@@ -37,6 +37,8 @@ FOUR = ("ddp-of-4", "fsdp2-of-4")
 # Ten rows at eight a step: the last step of each of two epochs is short.
 UNEVEN = {"uneven-ddp": ("ddp", 4), "uneven-zero3": ("zero3", 2), "uneven-fsdp2": ("fsdp2", 1)}
 TEN_ROWS = ("data.train={task: mix, rows: 10, seed: 1}", "train.num_train_epochs=2", "train.max_steps=null")
+# The same with answers of different weights, as many rows.
+WEIGHTED = {"weighted-ddp": ("ddp", 1), "weighted-zero3": ("zero3", 2), "weighted-fsdp2": ("fsdp2", 1)}
 # On two nodes of two processes: shards inside a node, copies across.
 HYBRID = ("zero3-hybrid", "fsdp2-hybrid")
 # Two processes share each row; each in a world of its own, since DeepSpeed replaces the attention of all later models.
@@ -60,6 +62,21 @@ def settings(plan: str, micro: int, checkpointing: bool) -> tuple[str, ...]:
     )
 
 
+def weighted_rows(path: Path) -> Path:
+    """A file of ten conversations, the answers of which weigh from 0.05 to 2."""
+    weights = [(0.05 + 0.2 * (n % 4), (0.3, 1, 2)[n % 3]) for n in range(10)]
+    said = [("user", "One?", None), ("assistant", "first", 0), ("user", "Two?", None), ("assistant", "second", 1)]
+    rows = [
+        [
+            {"role": role, "content": f"{text} {n}", "weight": None if at is None else pair[at]}
+            for role, text, at in said
+        ]
+        for n, pair in enumerate(weights)
+    ]
+    write_jsonl(path, [{"messages": messages} for messages in rows])
+    return path
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     """Every run of this file by its name, trained; `one` and `one-bfloat16` by one process, whole batches at once."""
@@ -69,9 +86,12 @@ def runs(tiny_run: TinyRun, launch: Launch, tmp_path_factory: pytest.TempPathFac
         return tiny_run(folder, name, *COMMON, *overrides)
 
     one = {"one": make("one", "train.per_device_train_batch_size=8")}
+    ten = (f"data.train={weighted_rows(folder / 'weighted.jsonl')}", *TEN_ROWS[1:])
+    one["weighted"] = make("weighted", "train.per_device_train_batch_size=8", *ten)
     one["uneven"] = make("uneven", "train.per_device_train_batch_size=2", *TEN_ROWS)
     two = {name: make(name, *settings(*arm)) for name, arm in FLOAT32.items()}
     two |= {name: make(name, *settings(plan, micro, False), *TEN_ROWS) for name, (plan, micro) in UNEVEN.items()}
+    two |= {name: make(name, *settings(plan, micro, False), *ten) for name, (plan, micro) in WEIGHTED.items()}
     two |= {name: make(name, *settings(*arm), "model.attn_implementation=sdpa") for name, arm in PADDED.items()}
     if this_machine().cpu_bf16:
         half = ("model.dtype=bfloat16", f"train.max_steps={FIRST}")
@@ -182,6 +202,15 @@ def test_a_short_last_step_is_as_short_in_every_plan(runs: dict[str, RunDir], na
     assert column(runs["uneven"], "tokens")[-1] == 2 * rows["tokens"]
     if name in UNEVEN:  # where rows are shared, those that fill the step are counted, a token each
         assert column(runs[name], "tokens") == column(runs["uneven"], "tokens")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_count_the_same_in_every_plan(runs: dict[str, RunDir], name: str) -> None:
+    ledger = read_json(runs["weighted"].ledger)["train"]
+    assert ledger["weighted_rows"] == 10 and ledger["trained_weight"] < 0.8 * ledger["trained_tokens"]
+    assert len(column(runs[name], "loss")) == 4
+    assert furthest(column(runs[name], "loss"), column(runs["weighted"], "loss")) < LOSS
+    assert furthest(column(runs[name], "grad_norm"), column(runs["weighted"], "grad_norm")) < GRADIENT_NORM
 
 
 @pytest.mark.parametrize("name", FOUR)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.distributed.conftest import TinyRun
 
 # Rank 0 ends while a thread of gloo is in the middle of something that takes the interpreter; here it is woken when that
 # has begun to go, on a busy machine it comes so late by itself.
@@ -75,3 +81,29 @@ def test_a_thread_of_gloo_does_not_change_how_a_process_ends(
         first.kill()
         second.kill()
     assert (first.returncode, second.returncode) == (status, 75), said
+
+
+def test_a_process_that_waits_for_one_that_will_not_come_hears_a_signal(
+    tiny_run: TinyRun, cpu_environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    """It waits in C++, where no handler of Python's runs; the other one was ended by the same signal, say, as it started."""
+    run = tiny_run(tmp_path, "waits", "parallel.plan=ddp", "parallel.num_processes=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    env = {**cpu_environment, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-m", "sft_dist.train", str(run.path)]
+    waiting = subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        while waiting.poll() is None:  # until the other one could come
+            with socket.socket() as other:
+                if other.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        waiting.terminate()
+        _, said = waiting.communicate(timeout=60)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 75, said
+    assert "stopped by SIGTERM while the processes met" in said

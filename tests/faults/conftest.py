@@ -21,7 +21,11 @@ from sft_dist.rundir import RunDir
 from tests.cpu.conftest import new_run as new_run
 from tests.cpu.conftest import no_proxy as no_proxy
 from tests.cpu.conftest import serve as serve
+from tests.cpu.conftest import tiny_model as tiny_model
 from tests.cpu.conftest import tiny_tokens as tiny_tokens
+from tests.distributed.conftest import cpu_environment as cpu_environment
+from tests.distributed.conftest import start as start
+from tests.distributed.conftest import tiny_run as tiny_run
 
 SERVER = Path(__file__).with_name("warm.py")
 # A start takes seconds; whatever has not ended by then hangs.

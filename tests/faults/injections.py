@@ -71,12 +71,16 @@ def reach(point: str) -> None:
 
 
 def do(action: str) -> None:
-    """A signal's name; `launcher SIGNAL`; an exception; something done to the disk, the clock, a port."""
+    """A signal's name; `launcher SIGNAL`; `everybody SIGNAL`, as a cluster does that signals all processes of a job; an exception; something done to the disk, the clock, a port."""
     what, _, rest = action.partition(" ")
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
     elif what == "launcher":
         os.kill(command_of_this_worker(), signal.Signals[rest])
+    elif what == "everybody":
+        command = command_of_this_worker()
+        for process in (command, os.getppid(), *launcher.children(os.getppid())):
+            os.kill(process, signal.Signals[rest])
     elif what == "sleep":
         time.sleep(float(rest))
     elif what == "raise":

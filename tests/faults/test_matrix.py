@@ -54,6 +54,7 @@ class Case:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Set in the run's config for this attempt and those after it."""
     variables: Mapping[str, str] = field(default_factory=dict)
+    """Of the command's environment."""
 
 
 def at(point: str, action: str, rank: int | None = None, after: float = 0.0) -> dict[str, Any]:
@@ -98,6 +99,11 @@ CASES: dict[str, Case] = {
     ),
     "signal during save": Case(
         (at("save:9", "SIGTERM"),), "stopped", "cancelled", "SIGTERM at step 10", False, (10, 10)
+    ),
+    "signal to every process": Case(
+        (at("step:11", "everybody SIGINT", 0), at("save:11", "sleep 3")),
+        *("stopped", "cancelled", "SIGINT at step 11", False, (11, 11)),
+        variables={"PET_SHUTDOWN_TIMEOUT": "1"},
     ),
     "SIGKILL of a worker": Case(
         (at("forward:14", "SIGKILL", 1),), "failed", "unknown", "rank 1 .* was killed by SIGKILL", True, (12, 12)
@@ -163,10 +169,13 @@ ALONE: dict[str, Case] = {
     ),
     "SIGKILL during save, one process": Case((at("save:9", "SIGKILL"),), "lost", "", "", None, (6, 6), code=-9),
     "tracker unreachable": Case(
-        (), "done", fields={"tracking.report_to": ["wandb"], "tracking.wandb_mode": "online"}, saved=(24, 24)
+        (),
+        "done",
+        fields={"tracking.report_to": ["wandb"], "tracking.wandb_mode": "online"},
+        variables={"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"},
+        saved=(24, 24),
     ),
 }
-UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +215,7 @@ def survive(server: Server, run: RunDir, cases: Mapping[str, Case]) -> dict[str,
         if case.fields:
             run.config.write_text(write_config(with_values(load_run_config(run.config), case.fields)))
         faults = [{**fault, "do": fault["do"].format(run=run.path)} for fault in case.faults]
-        variables = UNREACHABLE if "tracking.report_to" in case.fields else {}
-        found[name] = server.live(run, *faults, **variables), newest(run)
+        found[name] = server.live(run, *faults, **case.variables), newest(run)
         recover(run)
     return found
 

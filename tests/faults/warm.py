@@ -76,6 +76,9 @@ class Forked:
             except BaseException:
                 traceback.print_exc()
             finally:
+                if code < 0:  # as Python ends by a signal of which nobody has heard
+                    signal.signal(-code, signal.SIG_DFL)
+                    os.kill(os.getpid(), -code)
                 os._exit(code)
 
     def poll(self) -> int | None:
@@ -142,7 +145,7 @@ def run(words: list[str]) -> int:
         code = error.code
     except KeyboardInterrupt:
         traceback.print_exc()
-        code = 128 + signal.SIGINT
+        code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1

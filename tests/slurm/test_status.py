@@ -71,6 +71,18 @@ def wait_for_state(lab: Lab, run: RunDir, job: str, state: str) -> RunStatus:
     return seen(run)
 
 
+def both_lines(lab: Lab, follower: Follower, job: str) -> list[tuple[str, str]]:
+    """What two tasks print at their start, a line each, sorted, once both have."""
+    lines: list[tuple[str, str]] = []
+
+    def there() -> bool:
+        lines.extend(follower.news())
+        return len(lines) >= 2
+
+    lab.eventually(there, job=job)
+    return sorted(lines)
+
+
 def test_a_waiting_job_is_queued_and_cancel_takes_it_away(lab: Lab) -> None:
     run, job = submitted(lab, "--begin=now+2hours")
     status = seen(run)
@@ -121,25 +133,19 @@ def test_a_run_that_waits_to_go_on_is_queued_and_its_logs_go_on(lab: Lab) -> Non
     run, job = submitted(lab, "--nodes=2", "--ntasks-per-node=1", "--requeue")
     follower = Follower(run)
     wait_for_state(lab, run, job, "running")
-    lab.eventually(lambda: (run.path / "slurm" / f"{job}_1_log.out").exists(), job=job)
-    lab.eventually(lambda: len(list((run.path / "slurm").glob("*.out"))) == 2 and seen(run).step == 3, job=job)
+    # Each task has said its line, so each listens to the signal: a Python that still starts would die of it in silence.
+    before = both_lines(lab, follower, job)
+    assert before == [("n0", "task 0 of attempt 0 is here"), ("n1", "task 1 of attempt 0 is here")]
+    lab.eventually(lambda: seen(run).step == 3, job=job)
     assert seen(run).nodes == 2
     lab.run("scancel", "--signal=USR1", job)
     status = wait_for_state(lab, run, job, "queued")
     assert status.verdict.live
     assert read_json(run.status)["state"] == "stopped"
-    lines = sorted(follower.news())
-    assert lines == [("n0", "task 0 of attempt 0 is here"), ("n1", "task 1 of attempt 0 is here")]
     lab.hurry(job)
     wait_for_state(lab, run, job, "running")
-    again: list[tuple[str, str]] = []
-
-    def both_are_back() -> bool:
-        again.extend(follower.news())
-        return len(again) >= 2
-
-    lab.eventually(both_are_back, job=job)
-    assert sorted(again) == [("n0", "task 0 of attempt 1 is here"), ("n1", "task 1 of attempt 1 is here")]
+    again = both_lines(lab, follower, job)
+    assert again == [("n0", "task 0 of attempt 1 is here"), ("n1", "task 1 of attempt 1 is here")]
     cancel(run)
 
 

@@ -124,7 +124,7 @@ def test_preempted_it_comes_back_and_finishes(each_lab: Lab, submit: Submit) -> 
 
 
 def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
-    """Cancelled, submitted again, out of time where nothing may be requeued, submitted again, a worker killed, anew there."""
+    """Cancelled, submitted again, out of time and requeued, out of time for good, submitted again, a worker killed, anew there."""
     run, job = submit("lives", "smoke", *TWO_BY_TWO, *PLAIN, "run.name=lives", "train.max_steps=5000")
     lab.eventually(past_step(run, 2), PATIENCE, job)
     assert run_cli("cancel", "lives").returncode == 0
@@ -133,16 +133,19 @@ def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
     assert lab.job(job)["JobState"] not in ("PENDING", "RUNNING")
     assert run.read_status()["state"] == "stopped"
 
-    run, job = submit("lives", "lives", "slurm.max_requeues=0")
+    # SLURM itself ends this one: its signal comes up to a minute before it was asked to, so within the job's first minute.
+    run, job = submit("lives", "lives", "slurm.max_requeues=1", "slurm.time=2", "slurm.signal_delay_s=60")
+    lab.eventually(lambda: len(read_jsonl(run.attempts)) == 2, PATIENCE, job)
+    lab.hurry(job)
     lab.eventually(past_step(run, run.read_status()["step"] + 2), PATIENCE, job)
     lab.run("scancel", "--signal=USR2", job)
     lab.wait_for(job, "FAILED", patience=PATIENCE)
     assert run.read_status()["state"] == "stopped"
 
-    run, job = submit("lives", "lives", "slurm.max_requeues=10")
+    run, job = submit("lives", "lives", "slurm.max_requeues=10", "slurm.time=10", "slurm.signal_delay_s=120")
     lab.eventually(past_step(run, run.read_status()["step"] + 2), PATIENCE, job)
     lab.run("pkill", "-KILL", "-n", "-f", f"sft_dist.train {run.path}$")
-    lab.eventually(lambda: len(read_jsonl(run.attempts)) == 3, 60, job)
+    lab.eventually(lambda: len(read_jsonl(run.attempts)) == 4, 60, job)
     assert "SIGKILL" in read_jsonl(run.attempts)[-1]["reason"]
     reached = read_jsonl(run.attempts)[-1]["last_step"]
     lab.eventually(state(run, "running"), PATIENCE, job)
@@ -154,13 +157,13 @@ def test_the_lives_of_a_run(lab: Lab, submit: Submit, run_cli: RunCli) -> None:
     rows = read_jsonl(run.attempts)
     assert [row["decided"] for row in rows] == [
         "over: it was cancelled",
-        "over: time limit, and requeueing is off",
+        "requeue 1 of 1: time limit",
+        "over: time limit, requeued 1 times already",
         "again in this job: unknown",
         "over: it was cancelled",
     ]
-    assert rows[2]["failure"]["rank"] is not None
-    assert rows[1]["first_step"] == rows[0]["last_step"]
-    assert rows[2]["first_step"] == rows[1]["last_step"]
+    assert rows[3]["failure"]["rank"] is not None
+    assert [row["first_step"] for row in rows[1:4]] == [row["last_step"] for row in rows[:3]]
 
 
 def test_a_wrong_config_ends_once_everywhere(lab: Lab, submit: Submit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -98,6 +99,24 @@ def test_json_has_no_numbers_that_json_does_not_have(tmp_path: Path) -> None:
 def test_a_missing_file_is_nothing(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none.json") is None
     assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("times", [1, 4, 5])
+def test_a_file_that_another_host_replaces_is_opened_again(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS: the old file is gone on the server, and this host has it open."""
+    path, read, stale = tmp_path / "x.json", Path.read_text, iter(range(times))
+    write_json(path, {"step": 3})
+
+    def read_text(self: Path, **how: Any) -> str:
+        if next(stale, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, **how)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(OSError, match="Stale") if times == 5 else contextlib.nullcontext():
+        assert read_json(path) == {"step": 3}
 
 
 def test_json_text_stays_readable(tmp_path: Path) -> None:

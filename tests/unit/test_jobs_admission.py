@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sft_dist.cli_runs import config_again, ready_again
+from sft_dist.cli_runs import config_again, ready_again, ready_here
 from sft_dist.errors import ConfigError
 from sft_dist.files import write_json
 from sft_dist.jobs import queue
@@ -68,6 +68,23 @@ def test_a_job_of_the_run_that_waits_refuses_another_and_the_deletion(slurm: Non
     assert ready_again(made("b", "stopped", job_id="14"), ["slurm.time=20"]).slurm.time == 20
     refuse_taken(made("c", "queued"), overwrite=True)
     refuse_taken(RunDir(Path("runs/none")), overwrite=True)
+
+
+def test_a_resume_beside_a_job_is_refused_and_keeps_the_mark_of_cancel(slurm: None) -> None:
+    """Both would train, or the job that is about to save and end would come back."""
+    run = made("a", "stopped", job_id="12")
+    run.cancelled.touch()
+    with pytest.raises(ConfigError, match="job 12 is PENDING"):
+        ready_here(str(run.path), accept=False)
+    assert run.cancelled.exists()
+    other = made("b", "running")
+    other.cancelled.touch()
+    with other.locked(), pytest.raises(ConfigError, match="another process works on it"):
+        ready_here(str(other.path), accept=True)
+    assert [path.name for path in other.path.glob("accepted*")] == []
+    assert other.cancelled.exists()
+    assert ready_here(str(other.path), accept=False) == other
+    assert not other.cancelled.exists()
 
 
 def test_a_local_jobs_number_is_none_of_slurms(slurm: None) -> None:

@@ -20,6 +20,7 @@ from sft_dist.files import write_json
 from sft_dist.jobs import cancel as cancel_module
 from sft_dist.jobs.cancel import cancel, holder
 from sft_dist.jobs.records import read_record
+from sft_dist.jobs.stacks import state_of
 from sft_dist.rundir import RunDir
 from tests.conftest import RunCli
 
@@ -128,6 +129,35 @@ def test_a_process_that_does_not_end_is_not_killed_unless_asked(hold: Hold) -> N
     assert (after.state, after.record.status["reason"]) == ("stopped", "cancelled")
 
 
+# Holds a run, with a worker of its own that hears nothing.
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+from sft_dist.rundir import RunDir
+run = RunDir(Path(sys.argv[1]))
+with run.locked():
+    run.write_status(state="running", attempt=1)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    print(subprocess.Popen([sys.executable, "-c", deaf]).pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_now_leaves_no_worker_behind_that_would_save() -> None:
+    run = made("queued")
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(run.path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        assert cancel(run, now=True).state == "stopped"
+        assert process.wait(10) == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while state_of(worker) not in "XZ":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_process_elsewhere_is_not_looked_for_by_its_number(hold: Hold) -> None:
     run = made("queued")
     with run.locked():
@@ -175,9 +205,17 @@ def test_a_run_that_has_ended_is_left_as_it_is(state: str) -> None:
 def test_resume_takes_the_mark_away(run_cli: RunCli) -> None:
     run = made("stopped")
     run.cancelled.touch()
+    run.config.write_text("model: {name: /no/such/model}\n", encoding="utf-8")
+    assert run_cli("resume", run.path).returncode == 3
+    assert not run.cancelled.exists()
+
+
+def test_the_mark_stays_where_nothing_can_be_resumed(run_cli: RunCli) -> None:
+    run = made("stopped")
+    run.cancelled.touch()
     run.config.write_text("no: config\n", encoding="utf-8")
     assert run_cli("resume", run.path).returncode == 2
-    assert not run.cancelled.exists()
+    assert run.cancelled.exists()
 
 
 def test_looking_does_not_keep_a_run_from_starting() -> None:

@@ -11,8 +11,19 @@ import pytest
 
 from sft_dist.jobs import beats
 from sft_dist.jobs.beats import Beat, Pulse, read_beats
-from sft_dist.jobs.hang import CEILING_S, FIRST_STEPS_S, FLOOR_S, LIMITS, Seen, culprits, limit_s, reason, seen_from
-from sft_dist.jobs.watchdog import GAP_S, Watch
+from sft_dist.jobs.hang import (
+    CEILING_S,
+    FIRST_STEPS_S,
+    FLOOR_S,
+    GAP_S,
+    LIMITS,
+    Seen,
+    Watch,
+    culprits,
+    limit_s,
+    reason,
+    seen_from,
+)
 
 
 def beat(rank: int = 0, count: int = 1, phase: str = "step", step: int = 7, **rest: float) -> Beat:
@@ -129,6 +140,21 @@ def test_the_limit_follows_from_what_was_measured(
     assert limit_s(beat(phase=phase, step_s=step_s, save_s=save_s), timeout) == limit  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("phase", "timeout", "limit"),
+    [
+        ("save", 3.0, 3.0),
+        ("evaluate", 3.0, 3.0),
+        ("save", "auto", 600.0),
+        ("start", 3.0, LIMITS["start"]),  # nothing measured says how long a step takes
+        ("ended", 3.0, float("inf")),
+        ("save", None, float("inf")),
+    ],
+)
+def test_what_somebody_has_stopped_waits_for_no_file_server(phase: str, timeout: object, limit: float) -> None:
+    assert limit_s(beat(phase=phase, step_s=30.0, save_s=10.0), timeout, stopped=True) == limit  # type: ignore[arg-type]
+
+
 # --- the watch -------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +175,17 @@ def test_time_in_which_the_launcher_did_not_run_either_does_not_count() -> None:
     watch.see([beat(step_s=1.0)], 3600.0)
     assert watch.seconds == {0: GAP_S}
     assert watch.late() == []
+
+
+def test_a_process_that_was_stopped_in_a_save_is_late_like_one_in_a_step() -> None:
+    watch = Watch(1, 3.0)
+    for now in range(6):
+        watch.see([beat(phase="save", step_s=0.5, save_s=0.1)], float(now))
+        assert watch.late(lambda pid: "S") == [], "a file server may pause"
+        assert watch.late(lambda pid: "T") == ([0] if now >= 3 else [])
+    assert watch.quiet()
+    assert [one.limit_s for one in watch.seen("n1", lambda pid: "T")] == [3.0]
+    assert [one.limit_s for one in watch.seen("n1", lambda pid: "D")] == [FLOOR_S]
 
 
 def test_a_process_that_began_anew_is_not_late() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -174,6 +175,26 @@ def test_a_signal_that_comes_while_workers_import_waits_until_they_can_hear(two:
 
     threading.Thread(target=ask).start()
     assert launcher.run_workers(RunDir(scripts / "run"), two, heard) == 0
+    assert [(scripts / f"heard-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+
+
+def test_a_file_server_that_restarts_ends_no_training(
+    two: Resolved, scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """status.json is read once a second, by the launcher of every node, for as long as it trains."""
+    asked: list[int] = []
+    heard: list[int] = []
+
+    def read_status(run: RunDir) -> dict[str, object]:
+        asked.append(1)
+        if ready(scripts) and not heard:
+            heard.append(signal.SIGUSR1)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(launcher, "LOOK_S", 0.0)
+    monkeypatch.setattr(RunDir, "read_status", read_status)
+    assert launcher.run_workers(RunDir(scripts / "run"), two, heard) == 0
+    assert asked
     assert [(scripts / f"heard-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sft_dist.errors import ConfigError, RunStopped, failure
+from sft_dist.errors import ConfigError, RunStopped, SftDistError, failure
 from sft_dist.files import append_jsonl, read_jsonl
 from sft_dist.jobs import evidence, requeue
 from sft_dist.jobs.board import Board
@@ -300,6 +300,33 @@ def test_an_attempt_that_left_no_line_gets_one(place: Place, monkeypatch: pytest
     assert bury(run, place) is None
     run.write_status(attempt=2, state="done")
     assert bury(run, None) is None
+
+
+def test_a_run_that_takes_its_node_down_each_time_comes_to_an_end(place: Place) -> None:
+    """SLURM brings such a job back by itself, as often as it happens; no attempt ever decides anything."""
+    run = run_of(place)
+    run.write_status(attempt=0, step=0)
+    for restart in range(4):
+        here = dataclasses.replace(place, restart=restart, requeues=10)
+        if restart < 3:
+            Settler(run, here).begin()
+            run.write_status(attempt=len(read_jsonl(run.attempts)) + 1, state="running")
+            continue
+        with pytest.raises(SftDistError, match="3 attempts in a row without progress") as refused:
+            Settler(run, here).begin()
+        assert f"sft-dist submit {run.path}" in str(refused.value)
+    assert [row["decided"] for row in read_jsonl(run.attempts)] == ["lost"] * 3
+    assert run.read_status()["state"] == "failed"
+    Settler(run, dataclasses.replace(place, job="42", restart=0)).begin()
+    Settler(run, dataclasses.replace(place, job="42", restart=1)).begin()
+
+
+def test_lost_attempts_that_get_further_do_not(place: Place) -> None:
+    run = run_of(place)
+    for restart in range(8):
+        Settler(run, dataclasses.replace(place, restart=restart)).begin()
+        run.write_status(attempt=len(read_jsonl(run.attempts)) + 1, state="running", step=5 * restart + 5)
+    assert len(read_jsonl(run.attempts)) == 8
 
 
 def test_a_killed_supervisor_is_put_on_record_by_its_task(place: Place) -> None:

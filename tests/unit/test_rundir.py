@@ -52,10 +52,11 @@ def test_the_status_is_merged(tmp_path: Path, state: str) -> None:
     assert read_json(run.status)["state"] == state
 
 
-def test_a_status_that_a_failed_machine_left_empty_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["", '{"state": "runn', "\0\0\0", "[]"])
+def test_a_status_that_a_failed_machine_left_empty_or_torn_is_none(left: str, tmp_path: Path) -> None:
     """Progress is not synced: its rename may survive what its content does not."""
     run = RunDir(tmp_path)
-    run.status.touch()
+    run.status.write_text(left)
     assert run.read_status() == {}
     run.write_status(state="running", step=3)
     assert run.read_status()["step"] == 3

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 
-from sft_dist.errors import ConfigError, PreflightError, SftDistError
+from sft_dist.errors import ConfigError, PreflightError, RunStopped, SftDistError
+from sft_dist.parallel.world import World
+from sft_dist.rundir import RunDir
 from sft_dist.train import __main__ as worker
-from sft_dist.train.ranks import MainFailed
+from sft_dist.train.ranks import MainFailed, Ranks
 
 WRONG = ConfigError("the config is wrong", problems=["train.x: unknown"])
 MISSING = PreflightError("no GPU here", hint="look at nvidia-smi")
@@ -49,3 +55,20 @@ def test_a_process_lets_the_main_one_speak_before_it_ends(
     assert worker.main(["somewhere"]) == error.exit_code
     assert bool(waited) == waits
     assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_only_worker_of_a_launcher_hears_a_signal_twice_as_one_of_several_does(
+    launched: bool, tmp_path: Path
+) -> None:
+    """`torchrun --nproc-per-node 1`, where a signal hits all processes of the job."""
+    started = worker._started(World(launched=launched))
+    with (
+        pytest.raises(RunStopped) as left,
+        worker._entered(RunDir(tmp_path), Ranks(), started=started) as current,
+        current.stop.deferred(),
+    ):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise RunStopped("stopped by SIGINT at step 3")
+    assert ("at step 3" in str(left.value)) == launched

@@ -14,7 +14,7 @@ from sft_dist.rundir import RunDir
 from sft_dist.train.attempt import TWICE, attempt, joined
 from sft_dist.train.shutdown import Interrupted, StopRequest
 
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def send(*numbers: int) -> None:
@@ -28,6 +28,22 @@ def test_a_signal_that_comes_after_the_agreement_changes_nothing() -> None:
         stop.agreed = True
         send(TERM, TERM)
         assert stop.heard == [TERM, TERM]
+
+
+def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_has_it_ignored() -> None:
+    before = signal.signal(HUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with StopRequest() as stop, stop.deferred():
+            send(HUP)
+            assert (stop.heard, stop.reason) == ([HUP], "SIGHUP")
+        assert signal.getsignal(HUP) == signal.SIG_DFL
+        signal.signal(HUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            send(HUP)
+            assert stop.heard == []
+        assert signal.getsignal(HUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
 
 
 def test_what_the_inner_context_has_heard_is_no_news_to_the_outer_one() -> None:
@@ -49,12 +65,23 @@ def test_a_first_interrupt_after_the_agreement_is_not_a_second_one() -> None:
             send(INT)
 
 
-def test_two_interrupts_of_a_worker_leave_at_once_and_say_so(tmp_path: Path) -> None:
+def test_two_interrupts_of_a_worker_are_one_that_came_twice(tmp_path: Path) -> None:
+    """Once by itself, once passed on by the launcher, which ends its workers if they are not to save."""
     run = RunDir(tmp_path / "run")
     run.write_status(state="running")
-    with pytest.raises(Interrupted, match=TWICE), joined(run, reports=False) as current, current.stop.deferred():
+    with joined(run, reports=False) as current, current.stop.deferred():
         send(INT, INT)
-    assert (run.read_status()["state"], run.read_status()["reason"]) == ("stopped", TWICE)
+        assert current.stop.heard == [INT, INT]
+    assert run.read_status()["state"] == "running"
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["by a person", "by a job"])
+def test_two_interrupts_leave_at_once_where_a_person_has_started_it(started: bool, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(RunStopped) as left, attempt(run, started=started) as current, current.stop.deferred():
+        send(INT, INT)
+        raise RunStopped("stopped by SIGINT at step 3")
+    assert str(left.value.message) == ("stopped by SIGINT at step 3" if started else TWICE)
 
 
 def test_a_worker_that_only_missed_the_one_that_was_told_does_not_fail_the_run(tmp_path: Path) -> None:

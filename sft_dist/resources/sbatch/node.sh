@@ -2,7 +2,7 @@
 # srun gets its text (declare -f): the file of this script is on the first node only.
 # shellcheck disable=SC2317
 node() {
-  local source=$1 run processes cpus=${SLURM_CPUS_PER_TASK:-1} agent status state heard=
+  local source=$1 run processes cpus=${SLURM_CPUS_PER_TASK:-1} agent worker status state heard=
   if [ -f "$1/config.yaml" ]; then run=$1; else run=$(python -m sft_dist config "$1" --run-dir) || exit; fi
   # A requeued job goes on with the run that it made.
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$run/config.yaml" ]; then source=$run; fi
@@ -22,8 +22,8 @@ node() {
   agent=$!
   # A shell that waits for a command runs no trap until that has ended, except in `wait`.
   while kill -0 "$agent" 2>/dev/null; do
-    # Again each second: a worker that has only just started would not have heard it.
-    if [ "$heard" ]; then cat /proc/"$agent"/task/*/children | xargs -r kill -USR1; fi 2>/dev/null
+    # Again each second: a worker that has only just started would not have heard it. By the shell's own kill: images have none.
+    if [ "$heard" ]; then for worker in $(cat /proc/"$agent"/task/*/children); do kill -USR1 "$worker"; done; fi 2>/dev/null
     sleep 1 &
     wait "$!"
   done
