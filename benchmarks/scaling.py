@@ -70,7 +70,7 @@ def arms(shape: str, plan: str, gpus: int, options: argparse.Namespace) -> list[
     overrides = [
         f"run.name={name}", f"run.dir={options.work / 'runs'}", f"model.name={options.work / shape}", "model.chat_template=chatml",
         f"parallel.plan={plan}", *([] if plan == "single" else [f"parallel.num_processes={gpus}"]),
-        f"data.train={options.work / 'full.jsonl'}", f"data.max_length={ROW}", "evaluate.before=false", "evaluate.after=false",
+        f"data.train={options.work / 'full.jsonl'}", f"data.max_length={ROW}", *plans.CUT, "evaluate.before=false", "evaluate.after=false",
         "train.learning_rate=1e-5", f"train.max_steps={options.steps}", "train.logging_steps=1", "train.eval_strategy=no",
         f"train.global_batch_size={rows * steps * gpus}", f"train.per_device_train_batch_size={rows}",
         f"train.gradient_checkpointing={str(checkpointing).lower()}", "train.compile_layers=true",

@@ -85,6 +85,18 @@ def check_heads(config: Config) -> None:
     )
 
 
+def check_during(config: Config, plan: str) -> None:
+    """Raise ConfigError if the model is to be asked during the training, and no process of `plan` has the whole of it."""
+    shared = config.parallel.sequence_parallel_size > 1
+    if config.evaluate.during is None or not (shared or plan in ("zero3", "fsdp2")):
+        return
+    why = "each GPU sees a part of a row only" if shared else "no process has the whole model"
+    raise ConfigError(
+        f"evaluate.during asks the model in the main process, and under {'parallel.sequence_parallel_size' if shared else plan} {why}",
+        hint="take evaluate.during out (the evaluation loss, train.eval_strategy, works under every plan), or choose zero2, zero1 or ddp",
+    )
+
+
 def can_share(heads: int, kv_heads: int, size: int) -> bool:
     """Whether DeepSpeed can give each of `size` processes as many heads.
 

@@ -11,7 +11,7 @@ from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.parallel.adopt import accumulated, adopt, value_of, with_values
-from sft_dist.parallel.batch import check_heads, check_share, share_rows
+from sft_dist.parallel.batch import check_during, check_heads, check_share, share_rows
 from sft_dist.parallel.decide import (
     decide_attention,
     decide_compiled,
@@ -176,6 +176,7 @@ def _fitted(
             why = "host memory is ample and recomputing costs a third" if layout.use_cpu else "GPU memory is the limit"
             notes.append(f"train.gradient_checkpointing = {str(checkpointing).lower()}: {why}")
         micro, accumulation = share_rows(config, layout, notes, longest)
+    check_during(config, plan)
     return dataclasses.replace(
         resolved,
         layout=dataclasses.replace(layout, plan=PLANS[plan], gradient_checkpointing=checkpointing),

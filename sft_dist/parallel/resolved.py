@@ -41,6 +41,11 @@ class Resolved:
         return self.layout.use_cpu
 
     @property
+    def gpus(self) -> int:
+        """On all nodes together."""
+        return 0 if self.use_cpu else self.layout.world_size
+
+    @property
     def computes_on_host(self) -> bool:
         """Whether the CPU's cores do what takes long: everything, or the optimizer's step on what is offloaded."""
         return self.use_cpu or self.layout.offload != "none"

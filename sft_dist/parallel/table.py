@@ -40,7 +40,7 @@ that is trained, in bfloat16, over N GPUs:
 |---|---|---|---|---|
 | single | 2 | 2 | 12 | {step:.2f} GiB while the optimizer steps |
 | ddp | 2 | 2, all the time (they are the buckets); 4 while accumulating | 12 | {step:.2f} GiB while the optimizer steps |
-| zero1 | 2 | 2 while accumulating, and 2/N in the last micro batch | 12/N | 2 buckets of {bucket}M elements and a copy of one; in the step 6/N |
+| zero1 | 2 | 2 while accumulating, and in the last micro batch the largest tensor's once more | 12/N | 2 buckets of {bucket}M elements and a copy of one; in the step 6/N |
 | zero2 | 2 | 2/N; 4/N while accumulating | 12/N | the same |
 | zero3 | 2/N | 2/N | 12/N | gathered: up to {reuse}M elements that are used again soon, {prefetch}M ahead, the head; in the step 6 for up to {group}M elements |
 | fsdp2 | 4/N | 4/N | 8/N | gathered in bfloat16: three layers, and the head until the backward pass is done; one unit's gradients in bfloat16 and float32 |
@@ -87,7 +87,8 @@ the final model.
 **Sent** in a step by each GPU, in rings: an all-reduce of B bytes is 2B(N-1)/N, a gather or a reduce-scatter half of that.
 ddp: gradients, once. zero1: gradients all-reduced, once, then parameters gathered. zero2: gradients in every micro batch.
 zero3: parameters gathered twice and gradients scattered, in every micro batch. fsdp2: the same, gradients in float32. Across
-nodes the ring crosses a node's border once, over all of its network cards. `hybrid_shard` keeps gathers inside the node.
+nodes the ring crosses a node's border once, over all of its network cards. `hybrid_shard` keeps gathers inside the node. Each call takes the
+hops of its ring or tree besides, as NCCL expects them; [scaling.md](scaling.md) shows what that comes to on many nodes.
 
 **Time** of a step: matrix products, 6 operations an element and token (LoRA 4), at {low:.0%} ({low_width} wide) to {high:.0%}
 ({high_width}) of the GPU's peak, of which a training with the widest reaches {sustained:.0%}, the head's for trained tokens only;
@@ -105,8 +106,8 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 ## What is assumed, and what was measured
 
 - Measured (torch 2.11, transformers 5.17, trl 1.16, DeepSpeed 0.19.8, November 2026), on H200s of one host: Qwen3-0.6B under
-  every plan on one and two, 4B on one to four, 8B on two and four, the larger two with gradient checkpointing and
-  accumulation; the table below. LoRA, offload, several nodes and zero1 and zero2 of the larger shapes are counted, not measured.
+  every plan on one and two, 4B under every plan on one and two and some on four, 8B on two and four, the larger two with gradient
+  checkpointing and accumulation; the table below. Offload and several nodes are counted, not measured; of LoRA one run, under ddp.
 - Where more than a few hundred tokens are in a micro batch the peaks are within 4 %. With micro batches of some hundred
   tokens, half of them trained, 10 % too much is predicted: the head is counted for all.
 - Speeds are within 16 %, most of them too high: in the measured runs every step was logged, which makes the host wait for the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from dataclasses import dataclass
 
 from sft_dist.errors import ConfigError
@@ -73,6 +74,12 @@ def with_told(world: World) -> World:
 def accelerate_variables() -> list[str]:
     """Names of the variables of this environment that accelerate would obey."""
     return sorted(name for name in os.environ if name.startswith(OF_ACCELERATE) and name not in HARMLESS)
+
+
+def unlaunched() -> dict[str, str]:
+    """The environment without what launchers tell their workers: for a process that is none of them."""
+    told = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|ACCELERATE|FSDP)_.*")
+    return {name: value for name, value in os.environ.items() if not told.fullmatch(name)}
 
 
 def forget_accelerate(world: World) -> None:

@@ -32,7 +32,10 @@ def test_every_plan_and_the_three_shapes_were_run() -> None:
     plans = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
     assert small == {(plan, part) for plan in plans for part in ("speed", "resume")}
     large = {(point.model, point.plan, point.gpus) for point in POINTS if point.part == "speed"}
-    assert {("Qwen/Qwen3-4B", plan, gpus) for plan in ("ddp", "zero3", "fsdp2") for gpus in (2, 4)} <= large
+    middle = {(point.plan, point.part) for point in POINTS if point.model == "Qwen/Qwen3-4B" and point.gpus <= 2}
+    # That of ddp was measured before it changed (points).
+    assert middle == {(plan, part) for plan in plans for part in ("speed", "resume")} - {("ddp", "resume")}
+    assert {("Qwen/Qwen3-4B", plan, 4) for plan in ("ddp", "zero3", "fsdp2")} <= large
     assert {("Qwen/Qwen3-8B", plan, 2) for plan in ("zero3", "fsdp2")} <= large
 
 

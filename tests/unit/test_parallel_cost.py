@@ -210,3 +210,24 @@ def test_the_time_of_a_step_is_the_sum_of_its_parts() -> None:
     assert found.tokens == 4 * 8 * 4096
     assert found.tokens_per_s_per_gpu == pytest.approx(found.tokens / 8 / found.seconds)
     assert 0 < found.mfu < 0.8
+
+
+def test_every_call_waits_for_the_hops_of_its_ring() -> None:
+    """NCCL's own numbers (src/graph/tuning.cc): 3.4 us over NVLink, 14 us over the network, 8.4 us a call."""
+    eight, many = layout("fsdp2", 8), layout("fsdp2", 8, nodes=128)
+    assert gather(0, eight, H100).seconds == pytest.approx(8.4e-6 + 7 * 3.4e-6)
+    assert gather(0, many, H100).seconds == pytest.approx(8.4e-6 + 896 * 3.4e-6 + 127 * 14e-6)
+    assert gather(0, many, H100, calls=37).seconds == pytest.approx(37 * gather(0, many, H100).seconds)
+    assert gather(0, layout("single", 1), H100).inside == 0
+
+
+def test_an_all_reduce_over_many_nodes_has_a_tree() -> None:
+    many = layout("ddp", 8, nodes=128)
+    assert all_reduce(0, many, H100).seconds == pytest.approx(8.4e-6 + 2 * (7 * 4e-6 + 7 * 14e-6))
+    assert all_reduce(0, layout("ddp", 2), H100).seconds == pytest.approx(8.4e-6 + 2 * 3.4e-6)
+
+
+def test_gathering_inside_a_node_is_what_scales_to_many() -> None:
+    batch = Batch(rows=2, tokens_per_row=2048, accumulation=1)
+    whole, hybrid = (step(LARGE, layout("fsdp2", 8, nodes=128, hybrid_shard=it), batch) for it in (False, True))
+    assert hybrid.communication < whole.communication / 2
