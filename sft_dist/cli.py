@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from sft_dist.cli_check import JsonFlag, check, doctor
 from sft_dist.cli_data import TAKES_OVERRIDES, ConfigArgument, Overrides, data_app, load
 from sft_dist.cli_jobs import register
 from sft_dist.cli_plan import plan
 from sft_dist.cli_submit import AcceptFlag, submit
 from sft_dist.errors import ConfigError, SftDistError, exit_status, explained
 from sft_dist.logs import log_to_stderr
-
-if TYPE_CHECKING:
-    from sft_dist.rundir import RunDir
 
 app = typer.Typer(
     help="One supervised fine-tuning run, from a laptop's CPU to a SLURM job, from the same YAML.",
@@ -31,12 +30,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.command()(doctor)
+app.command(context_settings=TAKES_OVERRIDES)(check)
 app.command(context_settings=TAKES_OVERRIDES)(plan)
 app.command(context_settings=TAKES_OVERRIDES)(submit)
 register(app)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or directory.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -134,57 +134,49 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing run of this name first.")] = False,
 ) -> None:
     """Run here: ask before, train, ask after, report. Example: sft-dist train demo train.learning_rate=1e-5"""
+    from sft_dist.cli_runs import loaded_here, show_result
     from sft_dist.stages import new_run, run_here
 
-    run = new_run(load(config, overrides), overwrite=overwrite)
+    run = new_run(loaded_here(config, overrides, *["--overwrite"] * overwrite), overwrite=overwrite)
     logging.getLogger(__name__).info("run %s in %s", run.name, run.path)
     run_here(run)
-    _show_result(run)
+    show_result(run)
 
 
 @app.command()
 def resume(run: RunArgument, accept: AcceptFlag = False) -> None:
     """Go on with a stopped or failed run, from its newest complete checkpoint. Example: sft-dist resume demo"""
-    from sft_dist.cli_runs import ready_here
+    from sft_dist.cli_runs import ready_here, show_result
     from sft_dist.stages import run_here
 
     found = ready_here(run, accept=accept)
     run_here(found)
-    _show_result(found)
+    show_result(found)
 
 
-@app.command()
+@app.command(context_settings=TAKES_OVERRIDES)
 def evaluate(
     run: RunArgument,
+    overrides: Overrides = None,
     before: Annotated[bool, typer.Option("--before", help="Score the base model instead of the tuned one.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Ask anew what has been answered.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Ask and score a run's model again. Example: sft-dist evaluate demo"""
-    from sft_dist.config.loader import load_run_config
-    from sft_dist.evaluate.compare import wants_evaluation
-    from sft_dist.parallel.resolve import one_process
-    from sft_dist.rundir import find_run
-    from sft_dist.stages import evaluate_here, report_here
-    from sft_dist.train.settle import resolve_here
+    """Ask a run's model what it was not asked yet, or fields of evaluate add; show both. Example: sft-dist evaluate demo"""
+    from sft_dist.cli_evaluate import evaluated
+    from sft_dist.cli_runs import show_result
 
-    found = find_run(run)
-    settings = load_run_config(found.config)
-    if not wants_evaluation(settings):
-        raise ConfigError(f"run {found.name} has neither evaluate.questions nor evaluate.data, so nothing to ask")
-    evaluate_here(settings, found, resolve_here(one_process(settings)), "before" if before else "after")
-    report_here(found)
-    _show_result(found, as_json=as_json)
+    flags = [*["--before"] * before, *["--again"] * again, *["--json"] * as_json]
+    show_result(evaluated(run, overrides or [], before=before, again=again, flags=flags), as_json=as_json)
 
 
 @app.command()
 def chat(run: RunArgument) -> None:
     """Talk to a run's model. Example: sft-dist chat demo"""
-    from sft_dist.config.loader import load_run_config
+    from sft_dist.cli_runs import opened
     from sft_dist.parallel.resolve import one_process
-    from sft_dist.rundir import find_run
 
-    found = find_run(run)
-    settings = load_run_config(found.config)
+    found, settings = opened(run, "chat", talks=True)
     from sft_dist.train.settle import resolve_here
 
     resolved = resolve_here(one_process(settings))
@@ -207,14 +199,28 @@ def chat(run: RunArgument) -> None:
 
 
 @app.command()
-def report(run: RunArgument) -> None:
-    """Write report.html and loss.png of a run and print the path. Example: sft-dist report demo"""
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option("--to", help="A folder that is not there yet, or hub:OWNER/NAME.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a new repository.")] = False,
+) -> None:
+    """Copy or upload a run's final model, proven before and after. Example: sft-dist export demo --to /models/demo"""
+    from sft_dist.evaluate.deliver import deliver
     from sft_dist.rundir import find_run
-    from sft_dist.stages import report_here
 
-    found = find_run(run)
-    report_here(found)
-    print(found.report)
+    print(deliver(find_run(run), to, public=public))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs' names or directories.")] = None,
+    index: Annotated[bool, typer.Option("--index", help="List all runs in index.html instead.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where a comparison or the list goes.")] = None,
+) -> None:
+    """Write the report of a run, compare several, or list all; prints the path. Example: sft-dist report demo"""
+    from sft_dist.cli_runs import write_reports
+
+    print(write_reports(runs or [], index=index, out=out))
 
 
 def main() -> None:
@@ -227,21 +233,6 @@ def main() -> None:
     except (SftDistError, OSError) as error:
         if os.environ.get("SFT_DIST_DEBUG"):
             raise
-        sys.stderr.write(explained(error))
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            sys.stderr.write(explained(error))
         sys.exit(exit_status(error))
-
-
-def _show_result(run: RunDir, *, as_json: bool = False) -> None:
-    """Scores and samples of a run, and where to look further."""
-    from rich.console import Console
-
-    from sft_dist.files import read_json
-    from sft_dist.report.tables import result_tables
-
-    if as_json:
-        print(json.dumps(read_json(run.scores) or {}, indent=2))
-        return
-    for table in result_tables(run):
-        Console(highlight=False).print(table)
-    if run.report.is_file():
-        print(run.report)

@@ -109,13 +109,31 @@ def verify(
     run: RunArgument,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare every checkpoint of a run with its manifest, byte by byte; changes nothing. Example: sft-dist verify demo"""
+    """Compare a run's checkpoints and its final model with what was saved; changes nothing. Example: sft-dist verify demo"""
+    from sft_dist.errors import CheckpointError
+    from sft_dist.evaluate.prove import verdict
     from sft_dist.rundir import find_run
     from sft_dist.train.verify import survey
 
-    found = survey(find_run(run))
-    typer.echo(json.dumps(found.facts(), indent=2) if as_json else "\n".join(found.lines()))
+    chosen = find_run(run)
+    found, model = survey(chosen), verdict(chosen)
+    if as_json:
+        typer.echo(json.dumps({**found.facts(), **({"model": model} if model else {})}, indent=2))
+    else:
+        typer.echo("\n".join(found.lines()))
+    problem = model and model["problem"]
+    if model and not as_json and not problem:
+        apart = f", logits {model['logits_apart']:.2g} of their spread apart" if "logits_apart" in model else ""
+        trained = f"what was trained, {model.get('tensor_count')} tensors{apart}"
+        typer.echo(f"model: {model.get('unproven') or trained}")
+        if "stops" in model:
+            typer.echo(f"model: {model['stops']}")
     found.refuse_damage()
+    if problem:
+        raise CheckpointError(
+            f"the final model of run {found.run}: {problem}",
+            hint="resume publishes it again if model/ is removed and a checkpoint of the last step is whole",
+        )
 
 
 def sync(

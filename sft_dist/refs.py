@@ -17,6 +17,7 @@ from sft_dist.files import write_text
 from sft_dist.jobs.examples import example_files
 from sft_dist.parallel.launch_files import launch_files
 from sft_dist.parallel.plans_page import plans_page
+from sft_dist.parallel.projection import scaling_page
 from sft_dist.parallel.table import planner_table
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def light_files() -> dict[str, str]:
         "docs/sft-dist.schema.json": json.dumps(schema, indent=2) + "\n",
         "docs/planner.md": planner_table(),
         "docs/plans.md": plans_page(),
+        "docs/scaling.md": scaling_page(),
         **launch_files(),
         **example_files(),
         "slurm/profile.yaml": profile_file(),
@@ -69,7 +71,7 @@ def config_reference(schema: Node) -> str:
     nested: dict[str, list[str]] = {}
     for section, definition in sections.items():
         for field, node in definitions[definition]["properties"].items():
-            for name in _referenced(node):
+            for name in _referenced(node) or _referenced(node.get("items", {})):
                 nested.setdefault(name, []).append(f"{section}.{field}")
     parts = [REFERENCE_HEAD]
     for section, definition in sections.items():

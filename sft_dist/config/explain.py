@@ -25,8 +25,8 @@ def json_schema() -> dict[str, Any]:
     """A JSON Schema (draft 2020-12) of a config file as users write it: with `extends`, and text or a list for a data source."""
     schema = Config.model_json_schema()
     definitions, sections = schema["$defs"], schema["properties"]
-    for section, field in SOURCES:
-        definition = definitions[sections[section]["$ref"].rpartition("/")[2]]
+    places = [(definitions[sections[section]["$ref"].rpartition("/")[2]], field) for section, field in SOURCES]
+    for definition, field in [*places, (definitions["SetConfig"], "data")]:
         source = definition["properties"][field]
         kinds = source.pop("anyOf", None) or [{"$ref": source.pop("$ref")}]
         short = [("string", "path"), ("array", "sources")]

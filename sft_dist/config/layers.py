@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config.schema import SOURCES, expand_sources
+from sft_dist.config.schema import SOURCES, expand_sources, given_sources
 from sft_dist.config.spelling import did_you_mean, shown
 from sft_dist.config.yaml12 import parse_yaml, read_yaml
 from sft_dist.errors import ConfigError
@@ -162,10 +162,7 @@ def _locate_files(tree: dict[str, Any], folder: Path) -> None:
     else from `folder` (the config file's), becomes an absolute path, so that a run can be resumed from anywhere.
     Everything else stays as typed: it may be the name of something on the Hub.
     """
-    places = [(tree.get(section), field) for section, field in SOURCES]
-    sources = [part[field] for part, field in places if isinstance(part, dict) and isinstance(part.get(field), dict)]
-    parts = [item for source in sources for item in source.get("sources") or [] if isinstance(item, dict)]
-    holders: list[tuple[Any, str]] = [(source, "path") for source in [*sources, *parts]]
+    holders: list[tuple[Any, str]] = [(source, "path") for source in given_sources(tree)]
     model = tree.get("model")
     holders += [(model, key) for key in ("name", "tokenizer", "chat_template")]
     for holder, key in holders:

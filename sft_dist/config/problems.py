@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sft_dist.config.rules import rule_problems
-from sft_dist.config.schema import Config, SourcePart
+from sft_dist.config.schema import Config, SetConfig, SourcePart
 from sft_dist.config.spelling import Problem, did_you_mean, shown, submodel, suggest
 
 Path = tuple[str, ...]
@@ -88,6 +88,8 @@ def _by_field(error: ValidationError) -> dict[Path, list[Any]]:
 def _describe(path: Path, errors: list[Any]) -> tuple[Problem, list[Path]]:
     """The problem, and the fields that the user may have meant by an unknown key."""
     dotted, first = ".".join(path), errors[0]
+    if path[-1] == "sets" and len(first["loc"]) > len(path) + 1:
+        return _describe_set(dotted, first, first["loc"][len(path) :]), []
     if first["type"] == "extra_forbidden" and first["loc"][len(path) - 1] in path and len(first["loc"]) > len(path):
         item, key = first["loc"][len(path)], str(first["loc"][-1])
         near = did_you_mean(key, SourcePart.model_fields)
@@ -96,7 +98,10 @@ def _describe(path: Path, errors: list[Any]) -> tuple[Problem, list[Path]]:
         text, meant = suggest(path)
         return Problem(dotted, f"unknown key; {text}"), [tuple(field.split(".")) for field in meant]
     if first["type"] == "value_error":
-        return Problem(dotted, str(first["ctx"]["error"])), []
+        rest = first["loc"][len(path) :]
+        return Problem(
+            _place(dotted, rest) if rest and isinstance(rest[0], int) else dotted, str(first["ctx"]["error"])
+        ), []
     index = next((part for part in first["loc"] if isinstance(part, int)), None)
     where = dotted if index is None else f"{dotted}[{index}]"
     same = [error for error in errors if index is None or index in error["loc"]]
@@ -113,6 +118,25 @@ def _describe(path: Path, errors: list[Any]) -> tuple[Problem, list[Path]]:
     if first["type"] == "tuple_type" and isinstance(value, str):
         text += f"; write [{json.dumps(value, ensure_ascii=False)}]"
     return Problem(where, text), []
+
+
+def _describe_set(dotted: str, error: Any, rest: tuple[int | str, ...]) -> Problem:
+    """The problem at `rest` inside of a list of evaluation sets."""
+    where = _place(dotted, rest)
+    if error["type"] == "missing":
+        return Problem(where, "is not set")
+    if error["type"] == "extra_forbidden":
+        known = SetConfig.model_fields if len(rest) == 2 else SourcePart.model_fields
+        valid = f"; valid: {', '.join(known)}"
+        return Problem(where, f"unknown key{did_you_mean(str(rest[-1]), known) or valid}")
+    if error["type"] == "value_error":
+        return Problem(where, str(error["ctx"]["error"]))
+    wanted = " or ".join(_choices(error)) or _expected(error)
+    return Problem(where, f"{shown(error['input'])} is not {wanted}")
+
+
+def _place(dotted: str, rest: tuple[int | str, ...]) -> str:
+    return dotted + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
 
 
 def _expected(error: Any) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from sft_dist.config.rules_evaluate import evaluate_problems
 from sft_dist.config.rules_parallel import parallel_problems
 from sft_dist.config.rules_slurm import slurm_problems
-from sft_dist.config.schema import SOURCES, Config, GenerationConfig, SourceConfig, SourcePart
+from sft_dist.config.schema import SOURCES, Config, SourceConfig, SourcePart
 from sft_dist.config.sft_fields import known_sft_fields, refused_extra
 from sft_dist.config.spelling import Problem, did_you_mean, shown, suggest
 from sft_dist.errors import ConfigError
@@ -44,8 +45,7 @@ def rule_problems(config: Config) -> list[Problem]:
         _strategies,
         _shares,
         _rows,
-        _generation,
-        _labels,
+        evaluate_problems,
         _extra,
         parallel_problems,
         slurm_problems,
@@ -75,14 +75,15 @@ def _names(config: Config) -> Iterator[Problem]:
 
 def _sources(config: Config) -> Iterator[Problem]:
     """Fields of the other kind of source, which would be ignored."""
-    for section, field in SOURCES:
-        source = getattr(getattr(config, section), field)
+    places = [(f"{section}.{field}", getattr(getattr(config, section), field)) for section, field in SOURCES]
+    places += [(f"evaluate.sets[{index}].data", it.data) for index, it in enumerate(config.evaluate.sets)]
+    for where, source in places:
         several = source is not None and bool(source.sources)
         for index, part in enumerate(source.parts if source is not None else ()):
-            where = f"{section}.{field}" + f".sources[{index}]" * several
-            yield from _foreign_fields(part, where, "a file or a dataset" if part.path else "a synthetic task")
+            kind = "a file or a dataset" if part.path else "a synthetic task"
+            yield from _foreign_fields(part, where + f".sources[{index}]" * several, kind)
         if several:
-            yield from _foreign_fields(source, f"{section}.{field}", "several sources")
+            yield from _foreign_fields(source, where, "several sources")
 
 
 def _foreign_fields(source: SourcePart, where: str, kind: str) -> Iterator[Problem]:
@@ -163,25 +164,6 @@ def _rows(config: Config) -> Iterator[Problem]:
         yield Problem("data.packing", problem, ("parallel.sequence_parallel_size",))
     if data.packing_overflow == "split" and not data.packing:
         yield Problem("data.packing_overflow", "'split' would be ignored, since packing is false", ("data.packing",))
-
-
-def _generation(config: Config) -> Iterator[Problem]:
-    generation, default = config.evaluate.generation, GenerationConfig()
-    if generation.do_sample:
-        return
-    for name in ("temperature", "top_p", "top_k"):
-        value = getattr(generation, name)
-        if value != getattr(default, name):
-            problem = f"{value:g} would be ignored, since do_sample is false; set do_sample: true, or take it out"
-            yield Problem(f"evaluate.generation.{name}", problem, ("evaluate.generation.do_sample",))
-
-
-def _labels(config: Config) -> Iterator[Problem]:
-    labels = config.evaluate.labels
-    if any(not label.strip() for label in labels):
-        yield Problem("evaluate.labels", "holds an empty label")
-    for label in sorted({label for label in labels if label.strip() and labels.count(label) > 1}):
-        yield Problem("evaluate.labels", f"{shown(label)} is listed {labels.count(label)} times")
 
 
 def _extra(config: Config) -> Iterator[Problem]:

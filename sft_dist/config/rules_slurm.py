@@ -1,9 +1,10 @@
-"""What must hold in `slurm`, so that sbatch takes the job and the shell takes every value as it is."""
+"""What must hold in `slurm` and `container`, so that sbatch takes the job and shell and runtime take every value as it is."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from sft_dist.config.schema import Config
 from sft_dist.config.schema_slurm import SlurmConfig
@@ -108,7 +109,7 @@ DEFAULT_MINUTES = 60
 
 def slurm_problems(config: Config) -> Iterator[Problem]:
     """Each value that sbatch or the shell would refuse or misread, and what contradicts the rest of the config."""
-    for check in (_texts, _amounts, _extra, _environment, _shape):
+    for check in (_texts, _amounts, _extra, _environment, _shape, _container):
         yield from check(config)
 
 
@@ -198,8 +199,9 @@ def _extra(config: Config) -> Iterator[Problem]:
 
 
 def _environment(config: Config) -> Iterator[Problem]:
-    for name, value in config.slurm.env.items():
-        path = f"slurm.env.{name}"
+    both = [(f"slurm.env.{name}", name, value) for name, value in config.slurm.env.items()]
+    both += [(f"container.env.{name}", name, value) for name, value in config.container.env.items()]
+    for path, name, value in both:
         if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII) is None:
             yield Problem(path, "cannot be the name of an environment variable")
         elif SECRET.search(name):
@@ -218,3 +220,31 @@ def _shape(config: Config) -> Iterator[Problem]:
     if gpus and count != "auto" and count > gpus:
         text = f"{count} processes a node, but slurm.gpus_per_node is {gpus}"
         yield Problem("parallel.num_processes", text, ("slurm.gpus_per_node",))
+
+
+def mount_parts(text: str) -> tuple[str, str, str]:
+    """Source, target and mode ("ro", "rw") of one of `container.mounts`; ValueError says what is wrong with it."""
+    source, *rest = text.split(":")
+    source = str(Path(source).expanduser())
+    target, mode = (rest[0] if rest else source), (rest[1] if len(rest) > 1 else "rw")
+    if len(rest) > 2 or mode not in ("ro", "rw"):
+        raise ValueError("is not PATH, PATH:PATH_INSIDE or PATH:PATH_INSIDE:ro")
+    if not (target.startswith("/") and source.startswith("/") and text.isprintable()):
+        raise ValueError("needs absolute paths")
+    return source, target, mode
+
+
+def _container(config: Config) -> Iterator[Problem]:
+    container = config.container
+    if container.runtime != "none" and container.image is None:
+        yield Problem("container.image", f"is not set, and runtime is '{container.runtime}'", ("container.runtime",))
+    image, workdir = container.image, container.workdir
+    if image is not None and (not _plain(image) or image.startswith("-")):
+        yield Problem("container.image", f"{shown(image)} is empty, starts with a dash or holds a line break")
+    if workdir is not None and not (_plain(workdir) and workdir.startswith("/")):
+        yield Problem("container.workdir", f"{shown(workdir)} is not an absolute path")
+    for number, text in enumerate(container.mounts):
+        try:
+            mount_parts(text)
+        except ValueError as error:
+            yield Problem(f"container.mounts[{number}]", f"{shown(text)} {error}")

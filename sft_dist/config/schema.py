@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sft_dist.config.schema_data import DataConfig, DataFormat, LossOn, SourceConfig, SourcePart
+from sft_dist.config.schema_data import DataConfig, DataFormat, LossOn, SetConfig, SourceConfig, SourcePart
+from sft_dist.config.schema_evaluate import EvaluateConfig, GenerationConfig, HarnessConfig
 from sft_dist.config.schema_parallel import LoraConfig, ParallelConfig
-from sft_dist.config.schema_slurm import SlurmConfig
+from sft_dist.config.schema_slurm import ContainerConfig, SlurmConfig
 from sft_dist.config.section import Auto, Count, Fraction, NonNegative, Positive, Section
 
 
@@ -114,56 +115,14 @@ class CheckpointConfig(Section):
     """How many complete checkpoints stay; older ones are removed only after a newer one is complete."""
     milestone_steps: Count | None = None
     """Checkpoints at multiples of so many steps stay for good, beside those that `keep` counts."""
-
-
-class GenerationConfig(Section):
-    """How answers are generated; names and meanings are those of transformers' GenerationConfig."""
-
-    max_new_tokens: Count = 128
-    """Longest answer in tokens."""
-    batch_size: Count = 16
-    """Prompts at once."""
-    do_sample: bool = False
-    """Sample instead of taking the likeliest token."""
-    temperature: Positive = 1.0
-    """Temperature of sampling."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus of sampling."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Likeliest tokens to sample from; 0 is all."""
-    repetition_penalty: Positive = 1.0
-    """Above 1 makes repeated tokens less likely."""
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
-    """No n-gram of this size twice in an answer; 0 allows it."""
-    enable_thinking: bool | None = None
-    """Passed to templates that know it (Qwen3); not set leaves the template's default."""
-
-
-class EvaluateConfig(Section):
-    """What the model is asked before and after training, and how the answers are scored."""
-
-    before: bool = True
-    """Ask and score the base model before training."""
-    after: bool = True
-    """Ask and score the tuned model after training."""
-    questions: tuple[str, ...] = ()
-    """Asked of both models; the answers stand side by side in the report."""
-    system: str | None = None
-    """System message of the questions; `data.system` if not set."""
-    data: SourceConfig | None = None
-    """Held-out rows to score; the last assistant message is the expected answer."""
-    labels: tuple[str, ...] = ()
-    """The possible answers of a classification: each row's are ranked by length-normalised likelihood."""
-    category_field: str = "category"
-    """Column of the held-out rows by which scores are broken down, if they have it."""
-    generation: GenerationConfig = GenerationConfig()
-    """How answers are generated."""
+    verify_export: Literal["full", "files"] = "full"
+    """What a fresh process does before the final model counts as done: `files` reads every byte; `full` also loads it, and its logits must be those of the trained model."""
 
 
 class TrackingConfig(Section):
     """Where metrics go besides the run directory."""
 
-    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    report_to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Trackers; one that fails never stops the training."""
     project: str = "sft-dist"
     """Project in the tracker."""
@@ -182,10 +141,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     slurm: SlurmConfig = SlurmConfig()
+    container: ContainerConfig = ContainerConfig()
     tracking: TrackingConfig = TrackingConfig()
 
 
-__all__ = ["DataFormat", "LossOn", "SourceConfig", "SourcePart"]
+__all__ = ["DataFormat", "GenerationConfig", "HarnessConfig", "LossOn", "SetConfig", "SourceConfig", "SourcePart"]
 
 SOURCES = (("data", "train"), ("data", "eval"), ("evaluate", "data"))
 
@@ -199,7 +159,26 @@ def expand_sources(value: Any) -> Any:
         part = tree.get(section)
         if isinstance(part, dict) and isinstance(part.get(field), str | list | dict):
             tree[section] = {**part, field: _expand_source(part[field])}
+    evaluate = tree.get("evaluate")
+    if isinstance(evaluate, dict) and isinstance(evaluate.get("sets"), list):
+        tree["evaluate"] = {**evaluate, "sets": [_expand_set(item) for item in evaluate["sets"]]}
     return tree
+
+
+def given_sources(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mappings in an expanded config tree that say where rows come from, one for each of several in a place."""
+    places = [(tree.get(section), field) for section, field in SOURCES]
+    evaluate = tree.get("evaluate")
+    sets = evaluate.get("sets") if isinstance(evaluate, dict) else None
+    places += [(item, "data") for item in (sets if isinstance(sets, list) else ())]
+    sources = [part[field] for part, field in places if isinstance(part, dict) and isinstance(part.get(field), dict)]
+    parts = [item for source in sources for item in source.get("sources") or [] if isinstance(item, dict)]
+    return [*sources, *parts]
+
+
+def _expand_set(value: Any) -> Any:
+    given = value.get("data") if isinstance(value, dict) else None
+    return {**value, "data": _expand_source(given)} if isinstance(given, str | list | dict) else value
 
 
 def _expand_source(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The fields that say how a run becomes a SLURM job; SLURM's names where the meaning is SLURM's."""
+"""The fields that say how a run becomes a SLURM job, SLURM's names where the meaning is SLURM's, and in which image it works."""
 
 from __future__ import annotations
 
@@ -62,3 +62,18 @@ class SlurmConfig(Section):
     """Network interface between the nodes: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME."""
     local_scratch: str | None = None
     """Folder on each node's own disk for the caches of compilers; may name variables such as $TMPDIR. The node's temporary folder if not set."""
+
+
+class ContainerConfig(Section):
+    """The image in which the run's processes work, here and in jobs; docs/containers.md says what was run for real."""
+
+    runtime: Literal["none", "docker", "pyxis", "apptainer"] = "none"
+    """What starts the image: `docker` or `apptainer` for `sft-dist train` here, `pyxis` (with enroot) or `apptainer` for jobs of SLURM. `none` works in the Python environment that sft-dist is typed in."""
+    image: str | None = None
+    """docker: name and tag of an image that is here; apptainer: path of a .sif file or a folder; pyxis: path of a .sqsh file, or an image of a registry as [USER@][REGISTRY#]IMAGE[:TAG]. It must hold this version of sft-dist."""
+    mounts: tuple[str, ...] = ()
+    """More folders to be seen inside, as PATH, PATH:PATH_INSIDE or PATH:PATH_INSIDE:ro. The current folder, the runs, the caches, and the files that the config names are seen under their own paths anyway; the home directory is not."""
+    env: dict[str, str] = {}
+    """Environment variables inside, before those that the image sets. They are written into files: no secrets."""
+    workdir: str | None = None
+    """Folder inside in which the run works; the current one, under its own path, if not set."""

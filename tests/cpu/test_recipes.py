@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -27,13 +28,17 @@ def test_a_recipe_runs_from_end_to_end(recipe: str, tmp_path: Path, tiny_model_d
         f"run.dir={tmp_path}",
         "model.name=embedded:tiny",
         "parallel.plan=cpu",
-        "data.train.rows=24",
         "data.train.sample=24",
         "train.max_steps=2",
         "evaluate.generation.max_new_tokens=4",
     ]
+    if not asked_for.data.train.sources:
+        small.append("data.train.rows=24")
     if asked_for.evaluate.data is not None:
         small.append("evaluate.data.rows=3")
+    sets = [{**it.model_dump(exclude_defaults=True), "name": it.name} for it in asked_for.evaluate.sets]
+    if sets:
+        small.append(f"evaluate.sets={json.dumps([{**it, 'data': {**it['data'], 'rows': 3}} for it in sets])}")
     loaded = load_config(recipe, small)
     assert loaded.config.train.learning_rate == asked_for.train.learning_rate
     run = new_run(loaded)
@@ -45,7 +50,7 @@ def test_a_recipe_runs_from_end_to_end(recipe: str, tmp_path: Path, tiny_model_d
     assert run.report.stat().st_size > 0
     assert run.loss_plot.stat().st_size > 0
     evaluate = loaded.config.evaluate
-    expected = len(evaluate.questions) + (3 if evaluate.data else 0)
+    expected = len(evaluate.questions) + 3 * len(evaluate.all_sets)
     assert expected > 0, "the recipe shows nothing of what the model learned"
     for when in ("before", "after"):
         assert len(read_jsonl(run.eval / f"{when}.jsonl")) == expected

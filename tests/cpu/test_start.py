@@ -71,7 +71,7 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_one_clear_error(
 
 
 def test_the_held_out_rows_stay_those_of_the_start(tmp_path: Path, tiny_model_dir: Path) -> None:
-    from sft_dist.evaluate.compare import read_held_out
+    from sft_dist.evaluate.held_out import read_held_out
 
     file = tmp_path / "held.jsonl"
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}", "category": "sum"} for n in range(3)]
@@ -130,7 +130,7 @@ def test_speed_counts_the_time_inside_steps_only(tmp_path: Path, tiny_model_dir:
     recorder = callbacks.RunRecorder(RunDir(tmp_path), config, StopRequest(), Progress(), saves)
     state = SimpleNamespace(global_step=0, max_steps=2)
     control = SimpleNamespace(should_training_stop=False)
-    recorder.on_train_begin(None, state, control)
+    recorder.on_train_begin(SimpleNamespace(use_cpu=True), state, control)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callbacks.time, "monotonic", lambda: now)
         for step, began, now in ((1, 0.0, 2.0), (2, 100.0, 103.0)):  # 2 s and 3 s of work, 98 s of something else
@@ -185,7 +185,7 @@ def test_a_step_waits_for_no_disk(tmp_path: Path, tiny_model_dir: Path, monkeypa
     recorder = RunRecorder(run, config, StopRequest(), Progress(), Saves(run, config.checkpoint, {}, Ranks()))
     state = SimpleNamespace(global_step=0, max_steps=2)
     control = SimpleNamespace(should_training_stop=False)
-    recorder.on_train_begin(None, state, control)
+    recorder.on_train_begin(SimpleNamespace(use_cpu=True), state, control)
 
     def sync(handle: int) -> None:
         raise AssertionError("a step must not sync")
@@ -201,14 +201,14 @@ def test_a_step_waits_for_no_disk(tmp_path: Path, tiny_model_dir: Path, monkeypa
 
 def test_the_preview_shows_characters_of_several_tokens_whole(tiny_model_dir: Path) -> None:
     from sft_dist.config.schema import ModelConfig
-    from sft_dist.data_here import _pieces
+    from sft_dist.data.view import decoder, pieces
     from sft_dist.train.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(name="embedded:tiny")).tokenizer
     ids = tokenizer("Zürich 理论 🙂!")["input_ids"]
-    pieces = _pieces(tokenizer, ids, [True] * len(ids))
-    assert len(pieces) == len(ids), "a piece for each token, so that the counts stay right"
-    assert "".join(pieces) == "Zürich 理论 🙂!"
+    texts = pieces(decoder(tokenizer), ids, [True] * len(ids))
+    assert len(texts) == len(ids), "a piece for each token, so that the counts stay right"
+    assert "".join(texts) == "Zürich 理论 🙂!"
     assert "\ufffd" in tokenizer.decode(ids[:-3]), "the emoji is made of several tokens"
 
 

@@ -62,7 +62,28 @@ def test_one_line_says_what_was_set_and_what_it_should_be(section, field, value,
 def test_an_item_of_a_list_is_named_by_its_place():
     assert lines({"evaluate": {"labels": ["a", 1]}, "tracking": {"report_to": ["wandb", "foo"]}}) == [
         "evaluate.labels[1]   1 is not text; put quotes around it",
-        "tracking.report_to[1]   'foo' is not one of wandb, tensorboard",
+        "tracking.report_to[1]   'foo' is not one of wandb, tensorboard, trackio",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "where", "text"),
+    [
+        ({"path": "a", "fields": {"mesages": "x"}}, "data.train.fields", "mesages: no format has such a column; did you mean messages?"),
+        ({"path": "a", "format": "text", "fields": {"prompt": "x"}}, "data.train.fields", "prompt: the format text does not have such a column"),
+        ({"sources": [{"path": "a", "fields": {"frage": "prompt"}}]}, "data.train.sources[0].fields", "frage: no format has such a column; {THEIR_NAME: YOUR_NAME}; theirs: messages, "),
+    ],
+)  # fmt: skip
+def test_a_column_that_the_format_lacks_is_named(source, where, text):
+    (line,) = lines({"data": {"train": source}})
+    assert line.startswith(f"{where}   {text}")
+
+
+def test_columns_that_the_format_has_may_have_other_names():
+    fields = {"question": "frage", "answer": "antwort", "expected": "loesung", "category": "art"}
+    assert lines({"data": {"train": {"path": "a", "format": "question_answer", "fields": fields}}}) == []
+    assert lines({"data": {"train": {"path": "a", "format": "nonsense", "fields": {"text": "x"}}}}) == [
+        "data.train.format   'nonsense' is not one of auto, messages, sharegpt, prompt_completion, instruction, question_answer, text"
     ]
 
 
@@ -104,7 +125,7 @@ def test_a_long_value_is_cut():
         ({"run": {"qqq": "x"}}, "run.qqq   unknown key; valid: name, dir, seed"),
         (
             {"qqq": 1},
-            "qqq   unknown key; valid: run, model, data, train, parallel, checkpoint, evaluate, slurm, tracking, extends",
+            "qqq   unknown key; valid: run, model, data, train, parallel, checkpoint, evaluate, slurm, container, tracking, extends",
         ),
     ],
 )
