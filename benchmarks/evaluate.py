@@ -2,10 +2,13 @@
 
     python benchmarks/evaluate.py                         # 200 prompts, three rounds; results/evaluate.json
     python benchmarks/evaluate.py --prompts 40 --rounds 1
+    python benchmarks/evaluate.py --engines --prompts 400 # on a GPU: evaluate.generation.engine, batches or continuous
 
 SmolLM2-135M-Instruct on this machine's CPU, held-out rows of the synthetic tasks. One by one is transformers' own generate,
 greedy, with a prompt at a time; the labels' baseline is one forward pass for each prompt and label. The two take turns on
 the same blocks of 40 prompts, first one, then the other, so that both meet the same load. What both say is compared.
+With --engines all prompts, letters and requests in turn, are asked at once, after some to warm up; what continuous
+batching prepares each time counts.
 """
 
 from __future__ import annotations
@@ -29,13 +32,20 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--model", default="embedded:smollm2-135m", help="a folder, such as a run's model")
+    parser.add_argument("--engines", action="store_true", help="compare the engines on a GPU")
     parser.add_argument("--tasks", nargs="+", default=["extraction", "tickets", "labels"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "evaluate.json")
     options = parser.parse_args()
+    if options.engines:
+        results = engines(load(options.model, options.dtype, "cuda"), options)
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(results))
+        return
     from sft_dist.train.settle import settle_cpu
 
     settle_cpu()
-    loaded = load(options.dtype)
+    loaded = load(options.model, options.dtype)
     results: dict[str, Any] = {"options": {key: str(value) for key, value in vars(options).items()}}
     for task in options.tasks:
         work = labels(loaded, options) if task == "labels" else answers(loaded, task, options)
@@ -46,7 +56,7 @@ def main() -> None:
         print(task, json.dumps(results[task]), flush=True)
 
 
-def load(dtype: str) -> Any:
+def load(name: str, dtype: str, device: str = "cpu") -> Any:
     from sft_dist.config.schema import ModelConfig
     from sft_dist.evaluate.compare import Loaded
     from sft_dist.train.model import load_model
@@ -54,9 +64,47 @@ def load(dtype: str) -> Any:
     from sft_dist.train.tokenizer import load_tokenizer
 
     quiet_libraries()
-    spec = ModelConfig(name="embedded:smollm2-135m")
+    spec = ModelConfig(name=name)
     tokens = load_tokenizer(spec)
-    return Loaded(load_model(spec, tokens, dtype=dtype, attn_implementation="sdpa").eval(), tokens.tokenizer)
+    model = load_model(spec, tokens, dtype=dtype, attn_implementation="sdpa").eval()
+    return Loaded(model.to(device), tokens.tokenizer)
+
+
+def engines(loaded: Any, options: Any) -> dict[str, Any]:
+    """Seconds of each engine for all prompts, round by round, and how many answers are those of batches of 16."""
+    import torch
+
+    from sft_dist.config.schema import GenerationConfig
+    from sft_dist.evaluate.generate import generate
+
+    half = options.prompts // 2
+    prompts = [prompt for pair in zip(*(prompts_of(task, half) for task in ("extraction", "tickets")), strict=True) for prompt in pair]  # fmt: skip
+    ways = {f"batches of {size}": {"engine": "batches", "batch_size": size} for size in (16, 64)}
+    ways["continuous"] = {"engine": "continuous", "batch_size": 16}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peak, said = dict.fromkeys(ways, 0.0), dict[str, list[str]]()
+
+    def ask(name: str, some: list[Any]) -> list[str]:
+        fields = GenerationConfig(max_new_tokens=options.max_new_tokens, **ways[name])  # type: ignore[arg-type]
+        return generate(loaded.model, loaded.tokenizer, some, fields)
+
+    for name in ways:
+        ask(name, prompts[:20])
+    for turn in range(options.rounds):
+        for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+            torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            said[name] = ask(name, prompts)
+            seconds[name].append(round(time.perf_counter() - began, 2))
+            peak[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    first, *_ = said.values()
+    same = {name: sum(one == other for one, other in zip(first, found, strict=True)) for name, found in said.items()}
+    lengths = sorted(len(loaded.tokenizer(text)["input_ids"]) for text in first)
+    return {
+        "gpu": torch.cuda.get_device_name(), "model": options.model, "prompts": len(prompts),
+        "max_new_tokens": options.max_new_tokens, "answer_tokens": {"median": lengths[len(lengths) // 2], "sum": sum(lengths)},
+        "seconds": seconds, "peak_gib": peak, "same_as_the_first": same,
+    }  # fmt: skip
 
 
 def prompts_of(task: str, count: int) -> list[Any]:

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
-# What clusters, launchers, trackers and users leave in the environment, and what would change a test's result.
+# What clusters, launchers, trackers and users leave in the environment, and what would change a test's result. Not
+# CUDA_VISIBLE_DEVICES: CUDA reads it once, and torch, which counts GPUs again, would find more than there are.
 FOREIGN = re.compile(
     r"(SLURM|SRUN|SBATCH|SUBMITIT|SFT_DIST|WANDB|TRACKIO|TENSORBOARD|ACCELERATE|FSDP|DEEPSPEED|DS|PET|TORCHELASTIC|PMI|PMIX|OMPI)_.*"
-    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)"
     r"|HF_.*|HUGGING_?FACE_HUB_.*|TRANSFORMERS_.*|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|CLICOLOR.*|TTY_.*"
 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sft_dist.errors import SftDistError
 
 if TYPE_CHECKING:
@@ -24,16 +26,16 @@ def answers_of(
     """
     from transformers import ContinuousBatchingConfig
 
-    warm = not limits
     # An option that it cannot obey would only be left out, with a line in the log.
     wanted = ContinuousBatchingConfig(seed=seed, drop_unsupported_processors=False, **limits)
-    found = model.generate_batch(
-        inputs=[list(row) for row in rows],
-        generation_config=chosen,
-        continuous_batching_config=wanted,
-        progress_bar=False,
-        warmup=warm,
-    )
+    # It makes its tensors in this thread and writes to them in its own, for which inference mode is too strict.
+    with torch.inference_mode(False), torch.no_grad():
+        found = model.generate_batch(
+            inputs=[list(row) for row in rows],
+            generation_config=chosen,
+            continuous_batching_config=wanted,
+            progress_bar=False,
+        )
     # They come as they end, under the names req_0, req_1, ... in the order in which they were asked.
     by_place = {int(str(name).rpartition("_")[2]): output for name, output in found.items()}
     missing = [place for place in range(len(rows)) if place not in by_place or by_place[place].error]

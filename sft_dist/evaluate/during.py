@@ -172,9 +172,7 @@ def score_until(
         if scorer.wants_answers and not watch.over:
             ids = [prompt_ids(tokenizer, prompt_of(example), thinking) for example in batch]
             inputs = left_pad(ids, int(tokenizer.pad_token_id), model.device)
-            output = model.generate(
-                **inputs, generation_config=chosen, stopping_criteria=StoppingCriteriaList([watch]), use_cache=True
-            )
+            output = model.generate(**inputs, generation_config=chosen, stopping_criteria=StoppingCriteriaList([watch]))
             if watch.over:  # it may have been cut
                 break
             told = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -105,5 +105,6 @@ def settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,  # the trainer's own setting of the model may say no
         **sampling,
     )

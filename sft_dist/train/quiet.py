@@ -23,6 +23,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # PEFT 0.21 asks by the old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # transformers of a setting that many BPE tokenizers carry and that it rightly leaves out.
+    builtin_logging.getLogger("transformers.tokenization_utils_tokenizers").addFilter(
+        lambda record: "Ignoring clean_up_tokenization_spaces" not in record.getMessage()
+    )
     # DeepSpeed 0.19.8 about universal checkpoints of models without tensor parallelism, on each process.
     builtin_logging.getLogger("DeepSpeed").addFilter(lambda record: "MPU is not provided" not in record.getMessage())
     # On a CPU: its kernels would come from the Hub, and are not needed.

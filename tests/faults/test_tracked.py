@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,11 @@ def test_wandb_has_scores_and_report_in_the_same_run(new_run: NewRun, monkeypatc
     recordings = list((run.logs / "wandb").glob("offline-run-*"))
     assert recordings
     assert all(folder.name.endswith(name) for folder in recordings)
-    written = b"".join(path.read_bytes() for folder in recordings for path in folder.glob("*.wandb"))
-    assert b"scores/data/exact/after" in written
+    # wandb's own process writes it, and is waited for when ours ends, not in finish().
+    over = time.monotonic() + 30
+    while b"scores/data/exact/after" not in (written := b"".join(it.read_bytes() for it in run.logs.rglob("*.wandb"))):
+        assert time.monotonic() < over, "the scores did not come"
+        time.sleep(0.1)
     assert written.count(b'"resolved"') >= 1
     assert b'"logging_steps"' in written and b'"generation"' in written, "the run's config, not only the arguments"
     pages = [path for folder in recordings for path in folder.rglob("*.html")]

@@ -173,6 +173,7 @@ def test_a_local_jobs_setup_that_fails_is_said_in_its_log(here: Here) -> None:
 
 
 def test_gpus_of_a_local_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     slurm = part(gpus_per_node=2).config.slurm
     assert local_gpus(slurm) == "0,1"
     assert local_gpus(part().config.slurm) == ""
