@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ROWS = ".token_adapter.trainable_tokens_delta"
 # Sums in another order: a share of the largest change of the tensor.
 SLACK = 1e-4
+# How far from all of it the share of a tensor's change may be that the merged one holds, beside what chance explains: so many
+# standard deviations of what rounding at random may add or take.
+SHARE, DEVIATIONS = 0.02, 6.0
 
 
 class Adapter:
@@ -85,27 +88,35 @@ def _tensor(file: Any, name: str) -> torch.Tensor:
 
 
 def merge_problems(folder: Path, adapter_folder: Path, base: Base, told: dict[str, Any]) -> Iterator[str]:
-    """Tensors of the merged model in `folder` that are not what base and adapter give, up to rounding; notes in `told` how many were compared.
+    """Tensors of the merged model in `folder` that are not what base and adapter give, up to rounding.
+
+    Notes in `told` how many were compared, and the least share of a tensor's change that the merged one holds.
 
     Tensors that the base's files have under other names are not compared, nor experts, which PEFT changes together.
     """
     from safetensors import safe_open
 
     adapter = Adapter(adapter_folder)
-    compared, found = 0, headers(folder)
+    compared, found, shares = 0, headers(folder), [1.0]
     for name, (_, _, file) in found.items():
         if name not in base or adapter.joins(name, base):
             continue
         with safe_open(file, "pt") as mine, safe_open(base[name][2], "pt") as theirs:
-            problem = _difference(name, _tensor(mine, name), _tensor(theirs, name), adapter)
+            problem = _difference(name, _tensor(mine, name), _tensor(theirs, name), adapter, shares)
         compared += 1
         if problem:
             yield problem
-    told["merged_compared"] = compared
+    told |= {"merged_compared": compared, "merged_share": round(min(shares), 4)}
 
 
-def _difference(name: str, merged: torch.Tensor, base: torch.Tensor, adapter: Adapter) -> str | None:
-    """What is wrong with one tensor; a row that only fills a grown vocabulary up, or starts a new token, has no base."""
+def _difference(
+    name: str, merged: torch.Tensor, base: torch.Tensor, adapter: Adapter, shares: list[float]
+) -> str | None:
+    """What is wrong with one tensor; a row that only fills a grown vocabulary up, or starts a new token, has no base.
+
+    Adds to `shares` how much of the adapter's change the merged tensor holds. Most changes are smaller than a step of
+    bfloat16: each value may be right by itself, and all of them together have lost the adapter.
+    """
     import torch
 
     if not merged.dim() or merged.shape[1:] != base.shape[1:] or len(merged) < len(base):
@@ -116,10 +127,20 @@ def _difference(name: str, merged: torch.Tensor, base: torch.Tensor, adapter: Ad
     start = merged.clone()
     start[: len(base)] = base.to(merged.dtype)
     wanted, change = adapter.apply(name, start)
-    rounding = torch.finfo(merged.dtype).eps
+    step = torch.finfo(merged.dtype).eps * wanted.abs()
     # PEFT rounds the change of a bare parameter, a router, before it is added.
-    room = rounding * (wanted.abs() + change.abs()) + max(
-        SLACK * float(change.abs().max()), torch.finfo(merged.dtype).tiny
-    )
+    room = step + torch.finfo(merged.dtype).eps * change.abs()
+    room += max(SLACK * float(change.abs().max()), torch.finfo(merged.dtype).tiny)
     off = int(((merged.float() - wanted).abs() > room).sum())
-    return f"{name} is not the base model's with the adapter merged into it ({off:,} values)" if off else None
+    if off:
+        return f"{name} is not the base model's with the adapter merged into it ({off:,} values)"
+    whole = float(change.square().sum(dtype=torch.float64))
+    if change.shape != merged.shape or not whole or not torch.isfinite(change).all():
+        return None
+    share = float(((merged.float() - start.float()) * change).sum(dtype=torch.float64)) / whole
+    shares.append(share)
+    # A value that is rounded up or down by chance deviates by half a step at most.
+    chance = DEVIATIONS * math.sqrt(float((change * step / 2).square().sum(dtype=torch.float64))) / whole
+    if abs(share - 1) <= SHARE + chance:
+        return None
+    return f"{name} is not the base model's with the adapter merged into it: it holds {share:.0%} of the change"

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank adapter beside frozen weights. What it needs, where it goes, and how it is saved, loaded and merged.
+"""LoRA: a low-rank adapter beside frozen weights. What it needs, where it goes, and how it is saved and loaded.
 
 Adapters are made in the type that the model computes in, under every plan: the optimizer keeps float32 masters of them
 (MasterWeightAdamW, DeepSpeed's bf16 optimizer, FSDP2's float32 shards), so that float32 copies of every activation, which
@@ -210,20 +210,3 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-
-
-def merged(model: ModelConfig, tokens: RunTokenizer, folder: Path, dtype: str) -> PreTrainedModel:
-    """The base model that `model` names with the adapter in `folder` merged into it, whole, in host memory.
-
-    The base is read again, unquantised: one way for every plan, and the adapter is used as a reader of it would.
-    Float32 deltas are added to the weights and the sum is rounded once.
-    """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    from sft_dist.train.model import load_model
-
-    # The training is over; under ZeRO-3 this process would load its share only, and wait for the others to do so.
-    unset_hf_deepspeed_config()
-    base = load_model(model.model_copy(update={"lora": None}), tokens, dtype=dtype, attn_implementation="sdpa")
-    whole: PreTrainedModel = with_adapter(base, folder).merge_and_unload()
-    return whole

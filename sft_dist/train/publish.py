@@ -18,8 +18,9 @@ from sft_dist.export import ADAPTER, PROOF, file_hash, is_local, write_card
 from sft_dist.files import publish_dir, read_json, utc_now, write_json
 from sft_dist.parallel.world import unlaunched
 from sft_dist.rundir import RunDir
-from sft_dist.train.adapter import RECOMPUTING, adapter_weights, merged, save_adapter
+from sft_dist.train.adapter import RECOMPUTING, adapter_weights, save_adapter
 from sft_dist.train.environment import versions
+from sft_dist.train.merging import merged
 from sft_dist.train.probes import trained_logits
 from sft_dist.train.tokenizer import tokenizer_facts
 
