@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sft_dist.config.schema_data import SetConfig, SourceConfig
-from sft_dist.config.section import Count, Positive, Section
+from sft_dist.config.section import Auto, Count, Positive, Section
 
 
 class GenerationConfig(Section):
@@ -15,8 +15,8 @@ class GenerationConfig(Section):
 
     max_new_tokens: Count = 128
     """Longest answer in tokens."""
-    batch_size: Count = 16
-    """Prompts at once."""
+    batch_size: Count | Auto = "auto"
+    """Prompts at once; `auto` is 16, and 64 where a GPU generates answers. Half as many, and half of those, where memory does not suffice."""
     engine: Literal["batches", "continuous"] = "batches"
     """`continuous` is transformers' continuous batching, on GPUs only; answers may differ in rounding."""
     do_sample: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_dist.config.schema import Config, SetConfig
 from sft_dist.data.example import Example, expected_answer
-from sft_dist.evaluate.asked import Asked
+from sft_dist.evaluate.asked import Asked, prompts_at_once
 from sft_dist.evaluate.compare import Loaded
 from sft_dist.evaluate.held_out import prompt_of
 from sft_dist.evaluate.metrics import RowScores, Scorer, first_score
@@ -78,7 +78,8 @@ def answer_set(
     options, (model, tokenizer) = config.evaluate.generation, (loaded.model, loaded.tokenizer)
     if spec.max_new_tokens is not None:
         options = options.model_copy(update={"max_new_tokens": spec.max_new_tokens})
-    prompts, size, thinking = [prompt_of(row) for row in examples], options.batch_size, options.enable_thinking
+    prompts, thinking = [prompt_of(row) for row in examples], options.enable_thinking
+    size = prompts_at_once(options, generates_on_gpu=False)
     answers: list[str] = []
     by_label: list[dict[str, float]] = []
     by_answer: list[tuple[float, int]] = []

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config.schema import GenerationConfig
 from sft_dist.files import append_jsonl, read_jsonl
 
 log = logging.getLogger(__name__)
 # Seconds between two lines on how far it is.
 EVERY_S = 30.0
+# Prompts at once. A GPU that generates waits for its host, and takes 64 in hardly more time (benchmarks/evaluate.py --engines).
+PROMPTS, PROMPTS_OF_GPU = 16, 64
 
 
 class Asked:
@@ -72,6 +75,13 @@ class Asked:
             self._known[key] = value
 
 
+def prompts_at_once(options: GenerationConfig, *, generates_on_gpu: bool) -> int:
+    """`evaluate.generation.batch_size`, with what `auto` is."""
+    if options.batch_size != "auto":
+        return options.batch_size
+    return PROMPTS_OF_GPU if generates_on_gpu else PROMPTS
+
+
 def by_batches(
     lengths: Sequence[int],
     batch_size: int,
@@ -81,7 +91,7 @@ def by_batches(
 ) -> list[Any]:
     """What `compute` returns for the indices of each batch, in the order of `lengths`, by which they share batches.
 
-    A batch that is in `asked` as a whole, by the `keys`, is not computed again: the others stay those of a run that
+    A batch for which memory does not suffice is computed in halves. One that is in `asked` as a whole, by the `keys`, is not computed again: the others stay those of a run that
     nobody interrupted, and with them every last bit of the numbers. Batches that are others' to answer are None.
     """
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
@@ -94,7 +104,7 @@ def by_batches(
         if asked is not None and all(keys[index] in asked for index in batch):
             found: Sequence[Any] = [asked[keys[index]] for index in batch]
         else:
-            found = compute(batch)
+            found = _in_parts(compute, batch)
         for index, value in zip(batch, found, strict=True):
             results[index] = value
             if asked is not None:
@@ -103,3 +113,19 @@ def by_batches(
             said = time.monotonic()
             log.info("asked %d of %d", start + len(batch), len(order))
     return results
+
+
+def _in_parts(compute: Callable[[list[int]], Sequence[Any]], batch: list[int]) -> Sequence[Any]:
+    """What `compute` returns for the batch; where memory does not suffice, for its first half and then for the second."""
+    import torch
+
+    try:
+        return compute(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    # Not in the handler: what the failed computation holds is let go of with its exception.
+    half = len(batch) // 2
+    log.warning("no memory for %d prompts at once: %d; see evaluate.generation.batch_size", len(batch), half)
+    torch.cuda.empty_cache()
+    return [*_in_parts(compute, batch[:half]), *_in_parts(compute, batch[half:])]

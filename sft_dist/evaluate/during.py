@@ -22,6 +22,7 @@ from transformers import (
 from sft_dist.config.schema import Config, SetConfig
 from sft_dist.data.example import Example, expected_answer
 from sft_dist.evaluate.ask import add_perplexity
+from sft_dist.evaluate.asked import prompts_at_once
 from sft_dist.evaluate.generate import left_pad, prompt_ids, settings
 from sft_dist.evaluate.held_out import complete_held_out, prompt_of, read_held_out
 from sft_dist.evaluate.likelihood import answer_logprobs, label_logprobs
@@ -166,8 +167,9 @@ def score_until(
     )
     scorer, chosen = Scorer(spec, examples), settings(model, tokenizer, options)
     thinking, rows = options.enable_thinking, list[dict[str, Any]]()
-    for start in range(0, len(examples), options.batch_size):
-        batch = examples[start : start + options.batch_size]
+    size = prompts_at_once(options, generates_on_gpu=False)  # as few as on a CPU: the training holds most of the memory
+    for start in range(0, len(examples), size):
+        batch = examples[start : start + size]
         found = [RowScores() for _ in batch]
         if scorer.wants_answers and not watch.over:
             ids = [prompt_ids(tokenizer, prompt_of(example), thinking) for example in batch]

@@ -10,7 +10,7 @@ import torch
 
 from sft_dist.config.schema import GenerationConfig
 from sft_dist.data.template import render
-from sft_dist.evaluate.asked import Asked, by_batches
+from sft_dist.evaluate.asked import Asked, by_batches, prompts_at_once
 from sft_dist.evaluate.continuous import BATCHES_AT_ONCE, answers_of
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def generate(
         width = inputs["input_ids"].shape[1]
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[:, width:].tolist()]
 
-    at_once = options.batch_size * (BATCHES_AT_ONCE if continuous else 1)
+    at_once = prompts_at_once(options, generates_on_gpu=model.device.type != "cpu")
+    at_once *= BATCHES_AT_ONCE if continuous else 1
     return by_batches([len(ids) for ids in encoded], at_once, answer, asked, keys)
 
 

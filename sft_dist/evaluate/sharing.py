@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sft_dist.config.schema import Config
-from sft_dist.evaluate.asked import Asked
+from sft_dist.evaluate.asked import Asked, prompts_at_once
 from sft_dist.jobs.launcher import STDERR, end_with_parent
 from sft_dist.parallel.machine import this_machine
 from sft_dist.rundir import RunDir
@@ -42,7 +42,7 @@ def devices_for(config: Config, resolved: Resolved) -> tuple[str, ...]:
 
 def worth_it(devices: Sequence[str], config: Config, prompts: int) -> Sequence[str]:
     """As many of the `devices` as have something to do; [] if one is enough."""
-    wanted = prompts // (BATCHES * config.evaluate.generation.batch_size)
+    wanted = prompts // (BATCHES * prompts_at_once(config.evaluate.generation, generates_on_gpu=True))
     return devices[:wanted] if wanted > 1 and len(devices) > 1 else ()
 
 

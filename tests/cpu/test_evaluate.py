@@ -98,6 +98,21 @@ def test_continuous_batching_answers_like_each_prompt_alone(loaded: Loaded) -> N
     assert generate(loaded.model, loaded.tokenizer, PROMPTS, again) == [as_text(loaded, ids) for ids in found]
 
 
+def test_a_batch_for_which_memory_does_not_suffice_is_asked_in_halves(loaded: Loaded, monkeypatch: Any) -> None:
+    real, sizes = type(loaded.model).generate, list[int]()
+
+    def generate_few(model: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return real(model, *args, **kwargs)
+
+    expected = generate(loaded.model, loaded.tokenizer, PROMPTS, options())
+    monkeypatch.setattr(type(loaded.model), "generate", generate_few)
+    assert generate(loaded.model, loaded.tokenizer, PROMPTS, options()) == expected
+    assert sizes == [5, 2, 3, 1, 2]
+
+
 def test_answers_come_in_the_order_of_the_prompts(loaded: Loaded) -> None:
     forward = generate(loaded.model, loaded.tokenizer, PROMPTS, options(batch_size=2))
     backward = generate(loaded.model, loaded.tokenizer, PROMPTS[::-1], options(batch_size=2))
