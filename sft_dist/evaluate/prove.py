@@ -23,6 +23,7 @@ from sft_dist.files import read_json, utc_now
 from sft_dist.logs import log_to_stderr
 from sft_dist.process import begin
 from sft_dist.rundir import RunDir
+from sft_dist.train.cpu import settle_cpu
 
 SHOWN = 5
 
@@ -146,6 +147,7 @@ def proven(folder: Path) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print what was found, or what is wrong, as one line of JSON; the exit status is that of the error."""
     log_to_stderr()
+    settle_cpu()  # before torch comes in; another run on this machine may be proven, too
     try:
         found = prove(Path(arguments[0]))
     except (SftDistError, OSError) as error:

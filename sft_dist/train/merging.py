@@ -8,8 +8,11 @@ Precision, 2015), the sum is right, and what is left are small errors that cance
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
     from sft_dist.train.tokenizer import RunTokenizer
 
-# Weights that are rounded at a time: what is needed beside them stays small.
-AT_ONCE = 1 << 25
+# Weights that are rounded at a time: what is needed beside them stays in a cache.
+AT_ONCE = 1 << 20
 
 
 def merged(model: ModelConfig, tokens: RunTokenizer, folder: Path, dtype: str) -> PreTrainedModel:
@@ -40,10 +43,10 @@ def merged(model: ModelConfig, tokens: RunTokenizer, folder: Path, dtype: str) -
     unset_hf_deepspeed_config()
     base = load_model(model.model_copy(update={"lora": None}), tokens, dtype=dtype, attn_implementation="sdpa")
     adapted = with_adapter(base, folder)
-    if dtype == "bfloat16":
-        _merge_layers(adapted)
-    with warnings.catch_warnings():
+    with _all_cores(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
+        if dtype == "bfloat16":
+            _merge_layers(adapted)
         whole: PreTrainedModel = adapted.merge_and_unload()
     return whole
 
@@ -79,6 +82,21 @@ def rounded(weights: torch.Tensor, name: str) -> torch.Tensor:
     for whole, out in parts:
         # bfloat16 is the upper half of a float32: of the sum the lower half is cut off.
         drawn = torch.from_numpy(chance.integers(0, 1 << 16, len(whole), dtype=np.uint16).astype(np.int32))
-        cut = (whole.contiguous().view(torch.int32) + drawn).bitwise_and_(-(1 << 16)).view(torch.float32)
-        out.copy_(torch.where(whole.isfinite(), cut, whole))
+        drawn += whole.contiguous().view(torch.int32)
+        out.view(torch.int16).copy_(drawn >> 16)
+        if not whole.isfinite().all():
+            out.copy_(torch.where(whole.isfinite(), out, whole.bfloat16()))
     return result
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Beside a GPU a process has one thread; the others wait now."""
+    import torch
+
+    was = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was)
