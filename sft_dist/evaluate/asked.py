@@ -91,8 +91,9 @@ def by_batches(
 ) -> list[Any]:
     """What `compute` returns for the indices of each batch, in the order of `lengths`, by which they share batches.
 
-    A batch for which memory does not suffice is computed in halves. One that is in `asked` as a whole, by the `keys`, is not computed again: the others stay those of a run that
-    nobody interrupted, and with them every last bit of the numbers. Batches that are others' to answer are None.
+    A batch for which memory does not suffice is computed in halves. One that is in `asked` as a whole, by the `keys`, is not
+    computed again: the others stay those of a run that nobody interrupted, and with them every last bit of the numbers.
+    Batches that are others' to answer are None.
     """
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     results: list[Any] = [None] * len(lengths)

@@ -1,0 +1,50 @@
+"""The proof of a merge: each value may be right to a step of bfloat16, and all of them together have lost the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sft_dist.evaluate.merged import _difference
+from sft_dist.train.merging import rounded
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+DRAW = torch.Generator().manual_seed(1)
+BASE = (torch.randn((1024, 1024), generator=DRAW) * 0.02).bfloat16()
+
+
+class Changed:
+    """An adapter that adds `change` to the one tensor there is."""
+
+    def __init__(self, change: torch.Tensor) -> None:
+        self.change = change
+
+    def changes(self, name: str) -> bool:
+        return True
+
+    def apply(self, name: str, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return base.float() + self.change, self.change
+
+
+@pytest.mark.parametrize(
+    ("rounding", "said"),
+    [
+        (lambda exact: rounded(exact, NAME), None),
+        (lambda exact: exact.bfloat16(), "of the change"),
+        (lambda exact: exact.bfloat16() * 0 + BASE, "holds 0% of the change"),
+    ],
+    ids=["by chance", "to the nearest", "nothing merged"],
+)
+def test_small_changes_must_be_there(rounding: Callable[[torch.Tensor], torch.Tensor], said: str | None) -> None:
+    # Far less than half of a step: no single value tells.
+    change = (
+        BASE.float().abs() * torch.finfo(torch.bfloat16).eps * 0.05 * torch.randn(BASE.shape, generator=DRAW).sign()
+    )
+    adapter: Any = Changed(change)
+    shares: list[float] = []
+    problem = _difference(NAME, rounding(BASE.float() + change), BASE, adapter, shares)
+    assert (problem is None) if said is None else (problem is not None and said in problem)
+    assert len(shares) == 1
