@@ -83,5 +83,8 @@ def lose(lab: Any, node: str, run: RunDir) -> None:
 
 
 def losses(run: RunDir) -> list[tuple[Any, ...]]:
+    """Not the row on how long a save took: the node may go between the checkpoint that counts and that row."""
     names = ("step", "loss", "grad_norm", "eval_loss")
-    return [tuple(row.get(name) for name in names) for row in read_jsonl(run.metrics)]
+    rows = [tuple(row.get(name) for name in names) for row in read_jsonl(run.metrics) if "save_stall_s" not in row]
+    assert len(rows) == STEPS + STEPS // 100
+    return rows
