@@ -28,6 +28,8 @@ from sft_dist.rundir import RunDir
 ATTEMPT_HELD = "SFT_DIST_ATTEMPT_HELD"
 # Its process id, for the agent of torchrun.
 LAUNCHER = "SFT_DIST_LAUNCHER"
+# The agent's way to keep no files of its own: else every start leaves empty folders in /tmp, and a full /tmp forbids it.
+NO_FILES = ["--log-dir", os.devnull]
 # How long torchrun's agent lets workers save before it kills them, were it to end them: half a minute is its default.
 PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "PET_SHUTDOWN_TIMEOUT": "600"}
 POLL_S = 0.1
@@ -41,7 +43,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def torchrun(resolved: Resolved, arguments: list[str]) -> list[str]:
     """The command that starts the plan's processes on this machine, each with `arguments` after `python`."""
-    run = [sys.executable, "-m", "sft_dist.jobs.elastic", "--standalone"]
+    run = [sys.executable, "-m", "sft_dist.jobs.elastic", "--standalone", *NO_FILES]
     return [*run, "--nproc-per-node", str(resolved.layout.processes_per_node), *arguments]
 
 
@@ -91,7 +93,8 @@ def run_share(run: RunDir, share: Workers, heard: Sequence[int], place: Place) -
         return status
     meeting_at = ["--master-addr", place.address, "--master-port", str(place.port), "--max-restarts", "0"]
     where = ["--nnodes", str(len(place.nodes)), "--node-rank", str(place.node), *meeting_at]
-    command = [sys.executable, "-m", "sft_dist.jobs.elastic", *where, "--nproc-per-node", str(share.count), *arguments]
+    run_it = [sys.executable, "-m", "sft_dist.jobs.elastic", *NO_FILES, *where]
+    command = [*run_it, "--nproc-per-node", str(share.count), *arguments]
     return _run(run, command, share, heard, over, place=place)
 
 

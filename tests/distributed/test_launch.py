@@ -70,7 +70,8 @@ def test_a_run_is_stopped_and_resumed_from_end_to_end(start: Start, tmp_path: Pa
         "evaluate.data={task: tickets, rows: 2, seed: 2}",
         "evaluate.generation={max_new_tokens: 2}",
     ]
-    first = start("-m", "sft_dist", "train", "smoke", *options, *TWO)
+    (temporary := tmp_path / "tmp").mkdir()
+    first = start("-m", "sft_dist", "train", "smoke", *options, *TWO, TMPDIR=str(temporary))
     until(lambda: step(run) >= 2, first)
     (agent,) = children(first.pid)
     all_of_it = [agent, *workers(first)]
@@ -88,9 +89,10 @@ def test_a_run_is_stopped_and_resumed_from_end_to_end(start: Start, tmp_path: Pa
     assert read_jsonl(run.eval / "before.jsonl")
     assert not run.report.exists()
 
-    code, out, err = finish(start("-m", "sft_dist", "resume", run.path))
+    code, out, err = finish(start("-m", "sft_dist", "resume", run.path, TMPDIR=str(temporary)))
     assert code == 0, err
     assert "Traceback" not in err
+    assert [left.name for left in temporary.iterdir() if not left.name.startswith("torchinductor_")] == []
     assert str(run.report) in out
     assert run.read_status()["state"] == "done"
     assert [row["step"] for row in read_jsonl(run.metrics) if "loss" in row] == list(range(1, 41))
