@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -83,7 +83,8 @@ def logs(
         _show(follower.news())
         while follow and not _ended(found):
             until = time.monotonic() + (STATE_EVERY_S if (found.path / "slurm").exists() else LINES_EVERY_S)
-            while time.monotonic() < until:
+            told = _state(found)
+            while time.monotonic() < until and _state(found) == told:
                 time.sleep(LINES_EVERY_S)
                 _show(follower.news())
         _show(follower.news())
@@ -202,6 +203,14 @@ def _show(lines: Iterator[tuple[str, str]]) -> None:
     for label, line in lines:
         typer.echo(f"{label}| {line}".encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
+
+
+def _state(run: RunDir) -> Any:
+    """What the run says of itself: unlike the queue, it can be asked twice a second."""
+    try:
+        return run.read_status().get("state")
+    except OSError:  # a file server that restarts
+        return None
 
 
 def _ended(run: RunDir) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sft_dist.cli_runs import ready_here
 from sft_dist.errors import SftDistError
 from sft_dist.files import write_json
 from sft_dist.jobs import cancel as cancel_module
@@ -202,11 +203,11 @@ def test_a_run_that_has_ended_is_left_as_it_is(state: str) -> None:
     assert not run.cancelled.exists()
 
 
-def test_resume_takes_the_mark_away(run_cli: RunCli) -> None:
+def test_resume_takes_the_mark_away() -> None:
     run = made("stopped")
     run.cancelled.touch()
     run.config.write_text("model: {name: /no/such/model}\n", encoding="utf-8")
-    assert run_cli("resume", run.path).returncode == 3
+    assert ready_here(str(run.path), accept=False) == run
     assert not run.cancelled.exists()
 
 

@@ -58,7 +58,8 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     tools = tmp_path / "bin"
     tools.mkdir()
     hosts = '#!/bin/sh\nif [ "$1" = show ]; then echo n1; echo n2; else echo "$@" >asked; fi\n'
-    for name, text in {"srun": SRUN, "python": PYTHON, "scontrol": hosts}.items():
+    briefly = "#!/bin/sh\nexec /bin/sleep 0.1\n"  # between two looks at the agent: the script's is a second
+    for name, text in {"srun": SRUN, "python": PYTHON, "scontrol": hosts, "sleep": briefly}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
 
