@@ -96,8 +96,9 @@ def trained_token_loss(
 ) -> tuple[torch.Tensor, int, torch.Tensor]:
     """The loss of a batch summed over its trained tokens and divided by `num_items` (their own `amount` if None).
 
-    Where the batch has weights, each token's loss is multiplied by its own. `model` is one that `install` changed, in whatever wrapper the plan put around it. Returns the loss (float32 scalar),
-    the number of trained tokens, and how many of them the model predicts (scalar on the device).
+    Where the batch has weights, each token's loss is multiplied by its own. `model` is one that `install` changed, in
+    whatever wrapper the plan put around it. Returns the loss (float32 scalar), the number of trained tokens, and how many of
+    them the model predicts (scalar on the device).
     """
     if "targets" not in inputs:
         inputs = with_targets(inputs)
