@@ -18,6 +18,7 @@ import typer
 from sft_dist.cli_data import load
 from sft_dist.cli_runs import config_again, existing, made_run, new_run, swept
 from sft_dist.errors import ConfigError, RunStopped, SftDistError
+from sft_dist.files import read_jsonl
 
 if TYPE_CHECKING:
     from sft_dist.config.loader import LoadedConfig
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 FOLLOW_S = 2.0
 # The queue is asked less often: the controller has other users, and jobs last for days.
 QUEUE_EVERY_S = 15.0
+ENDED = ("done", "failed", "stopped")
 # A job that the queue no longer knows may still be writing its last words to a slow file system.
 GONE_S = 20.0
 
@@ -196,7 +198,8 @@ def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
             ended = _none_left([number for _, number in submitted], local=local)
             gone = (gone or asked) if ended else None
         if gone is not None and time.monotonic() - gone > GONE_S:
-            if _all_told(submitted, last):  # its last words have come just now
+            _all_told(submitted, last)  # its last words may have come just now
+            if all(run.read_status().get("state") in ENDED for run, _ in submitted):
                 break
             hint = f"they may have said why: sft-dist logs {submitted[0][0].path}"
             raise SftDistError("the jobs have ended without a word of the run's", hint=hint)
@@ -213,17 +216,18 @@ def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
 
 def _all_told(submitted: Sequence[tuple[RunDir, str]], last: dict[Path, str]) -> bool:
     """Say what is new since `last`; whether all runs have ended."""
-    states = []
+    ended = True
     for run, number in submitted:
-        status = run.read_status()
-        states.append(status.get("state"))
+        recorded, status = len(read_jsonl(run.attempts)), run.read_status()
+        # Workers say that they have stopped or failed; until that is on record, it may be decided that the run goes on.
+        ended &= status.get("state") in ENDED and recorded >= (status.get("attempt") or 0)
         line = " ".join(str(status[name]) for name in ("state", "reason") if status.get(name))
         if status.get("step"):
             line += f", step {status['step']} of {status.get('max_steps')}"
         if last.get(run.path) != line:
             last[run.path] = line
             sys.stderr.write(f"{run.name} (job {number}): {line}\n")
-    return all(state in ("done", "failed", "stopped") for state in states)
+    return ended
 
 
 def _none_left(numbers: Sequence[str], *, local: bool) -> bool:

@@ -59,9 +59,8 @@ class NodeJob:
         place = find_place(self.spec, os.environ)
         os.environ[PLACE] = place.to_text()
         refuse_other_version(self.spec, place)
-        if place.task == 0 and place.marker:
-            with contextlib.suppress(OSError):  # a full disk is for the run to say
-                Path(f"{place.marker}.begun").touch()
+        if place.task == 0:
+            _begun(place, place.run)
         # SystemExit, so that submitit leaves no result: a later look would take it for the end of a requeued job.
         sys.exit(_lead(place, heard) if place.task == 0 else _follow(place, heard))
 
@@ -107,6 +106,8 @@ def _lead(place: Place, heard: list[int]) -> int:
         requeue = decided.startswith("requeue")
         if requeue:
             _ask_for_requeue(place)
+        if not again:
+            _begun(place, "")
         gathered = _end(place, again=again)
         if not again:
             return 0 if requeue else abs(status)
@@ -133,6 +134,13 @@ def _ask_for_requeue(place: Place) -> None:
         write_text(
             Path(place.marker), marker_text(place.run, exclude_list(run, read_jsonl(run.attempts)[-1].get("job_id")))
         )
+
+
+def _begun(place: Place, run: str) -> None:
+    """Tell the batch script that this task hears signals; it names the run for as long as it has not decided what follows."""
+    if place.marker:
+        with contextlib.suppress(OSError):  # a full disk is for the run to say
+            write_text(Path(f"{place.marker}.begun"), f"{run}\n")
 
 
 def _supervised(place: Place, heard: list[int]) -> tuple[int, str]:

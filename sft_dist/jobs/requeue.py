@@ -13,7 +13,7 @@ from typing import Any
 from sft_dist.config.loader import load_run_config
 from sft_dist.errors import SftDistError
 from sft_dist.files import append_jsonl, read_jsonl
-from sft_dist.jobs.decision import FRUITLESS_IF_ASKED, decide, excluded, reached, without_progress
+from sft_dist.jobs.decision import ASKED, FRUITLESS_IF_ASKED, decide, excluded, reached, without_progress
 from sft_dist.jobs.evidence import Mark, ask_past, explain, mark
 from sft_dist.jobs.failures import Failure, classify
 from sft_dist.jobs.last_words import read_words
@@ -45,6 +45,8 @@ class Settler:
     run: RunDir
     place: Place | None = None
     since: Mark = field(default_factory=Mark)
+    parent: int = field(default_factory=os.getppid)
+    """In a job its task, whose end is a signal, too."""
 
     def begin(self) -> None:
         """Before the attempt is on record, with the run locked: an earlier one that left no line gets one.
@@ -59,6 +61,8 @@ class Settler:
                     why,
                     hint=f"see logs and nodes: sft-dist status {self.run.path}; once more: sft-dist submit {self.run.path}",
                 )
+            # Whoever finds this attempt without a line in the record cannot know from elsewhere which job it was.
+            self.run.write_status(job=job_facts(self.place) if self.place is not None and self.place.marker else None)
         self.since = mark(self.run, self.place)
 
     def __call__(
@@ -76,6 +80,8 @@ class Settler:
         except (OSError, ValueError, RecursionError) as error:  # a disk that is gone, a file that is damaged
             log.warning("why the attempt ended was not found out: %s", error)
             failure = Failure("unknown", reason or "it ended without a word")
+        if failure.kind in ASKED and os.getppid() != self.parent:
+            failure = Failure("unknown", f"{failure.sentence}, since the job's task was killed", failure.evidence)
         # Who was asked to stop leaves, whatever else has happened.
         verdict = judge(self.run, self.place, state, failure, facts, stays=state == "failed" and not number)
         facts |= {"failure": failure.facts(), "decided": verdict.decided}
@@ -152,12 +158,10 @@ def bury(run: RunDir, place: Place | None = None, *, now: bool = False, asked: i
     if attempt <= len(read_jsonl(run.attempts)) or status.get("state") == "done":
         return None
     line: dict[str, Any] = {"attempt": attempt, "start": status.get("started"), "end": status.get("updated")}
-    line |= {} if place is None else job_facts(place)
+    job = status.get("job")
+    line |= job if isinstance(job, dict) else {}
     line["reached"] = reached(run)
-    past = None
-    if place is not None and not now and place.restart:
-        line["restart"] = place.restart - 1
-        past = ask_past(place.job)
+    past = ask_past(str(line["job_id"])) if "job_id" in line and not now else None
     reason = str(status.get("reason") or "it ended without a word")
     state = "stopped" if asked else "failed"
     if asked:

@@ -88,7 +88,7 @@ def setup_lines(slurm: SlurmConfig) -> list[str]:
 
 
 def teardown_lines(folder: Path, max_requeues: int) -> list[str]:
-    """Requeue if the job's first task left the marker in `folder`, or never got as far as to hear a signal."""
+    """Requeue if the job's first task left the marker in `folder`, or was ended before it could hear a signal or decide."""
     marker = f'{shlex.quote(str(folder))}/requeue."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"'
     return requeue_lines(marker, unheard=max_requeues)
 
@@ -98,16 +98,20 @@ def requeue_lines(marker: str, unheard: int = 0) -> list[str]:
 
     The marker is `marker_text`. Up to `unheard` times also if TERM or USR2 ended the step before the first task left
     MARKER.begun: Python loads for a while on a network file system, and a preempted job that ends is not requeued by SLURM.
+    As often if a task was killed, for want of memory or by hand, while MARKER.begun names the run: nobody has decided then.
 
     Nodes can be excluded only once the job waits again, and until then SLURM is ending this script: it stays for the moment
     that takes.
     """
     again = '[ -z "$run" ] || [ -e "$run/.cancelled" ] || again=yes'
-    early = f'[ -e "$marker.begun" ] || [ "${{SLURM_RESTART_COUNT:-0}}" -ge {unheard} ] || again=yes'
+    late = f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {unheard} ]'
+    killed = f'[ -n "$run" ] || [ ! -e "$marker.begun" ] || {late} || IFS= read -r run <"$marker.begun"'
+    early = f'[ -e "$marker.begun" ] || {late} || again=yes'
     return [
         "rc=$?",
         f"marker={marker}",
         'run= exclude= again=; [ ! -e "$marker" ] || { IFS= read -r run; IFS= read -r exclude; } <"$marker"',
+        *([f'case "$rc" in 9 | 137) {killed} ;; esac'] if unheard else []),
         again,
         *([f'case "$rc" in 12 | 15 | 140 | 143) {early} ;; esac'] if unheard else []),
         # The last task of an array has the array's number: requeued by that, all tasks would go, also those at work.

@@ -24,6 +24,7 @@ from sft_dist.jobs.container import JobContainer, job_container, spec_inside
 from sft_dist.jobs.node import NodeJob
 from sft_dist.jobs.offline import caches
 from sft_dist.jobs.queue import call, local_cluster
+from sft_dist.jobs.requeue import bury
 from sft_dist.jobs.script import sbatch_options, script_text, setup_lines
 from sft_dist.rundir import RunDir
 
@@ -98,6 +99,7 @@ def submit(
         board.touch()
         if not goes_on:
             part.run.cancelled.unlink(missing_ok=True)
+            bury(part.run)  # before the new job's state stands where the last sign of life of the one before was
             part.run.write_status(state="queued", reason=None)
         if not local:
             text = script_text(options, folder, _container(parts[0]).python, len(parts))

@@ -10,6 +10,7 @@ import pytest
 
 from sft_dist import cli_submit
 from sft_dist.errors import RunStopped, SftDistError
+from sft_dist.files import append_jsonl
 from sft_dist.jobs import queue
 from sft_dist.jobs.queue import Job, Queue
 from sft_dist.rundir import RunDir
@@ -47,6 +48,34 @@ def test_the_last_words_of_jobs_that_are_gone_are_heard(run: RunDir, monkeypatch
 
     monkeypatch.setattr(queue, "ask_queue", gone)
     with pytest.raises(RunStopped, match="time limit"):
+        cli_submit._follow([(run, "7")], local=False)
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_the_word_of_workers_is_not_the_last(run: RunDir, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """They write it before it is decided that the job comes back."""
+    run.write_status(state=state, attempt=1)
+    looks: list[str] = []
+
+    def rest(_: float) -> None:
+        looks.append("")
+        if len(looks) == 2:
+            append_jsonl(run.attempts, {"attempt": 1})
+            run.write_status(state="queued")
+        if len(looks) == 4:
+            append_jsonl(run.attempts, {"attempt": 2})
+            run.write_status(state="done", attempt=2)
+
+    monkeypatch.setattr(time, "sleep", rest)
+    monkeypatch.setattr(queue, "ask_queue", lambda _: Queue({"7": Job("7", "RUNNING")}, known=True))
+    cli_submit._follow([(run, "7")], local=False)
+    assert len(looks) == 4
+
+
+def test_the_word_of_workers_counts_once_the_job_is_gone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_status(state="stopped", attempt=1, reason="saved")
+    monkeypatch.setattr(queue, "ask_queue", lambda _: Queue(known=True))
+    with pytest.raises(RunStopped, match="saved"):
         cli_submit._follow([(run, "7")], local=False)
 
 

@@ -37,7 +37,9 @@ def test_the_first_task_says_that_it_hears_signals(
         monkeypatch.setattr(node, name, lambda *_: 0)
     with pytest.raises(SystemExit):
         NodeJob({})()
-    assert (tmp_path / "requeue.7.1.begun").exists() == (task == 0)
+    begun = tmp_path / "requeue.7.1.begun"
+    assert begun.exists() == (task == 0)
+    assert task != 0 or begun.read_text() == f"{place.run}\n"
     assert {signal.SIGTERM, signal.SIGUSR2} <= set(heard)
 
 
@@ -117,6 +119,7 @@ def test_a_run_begins_anew_in_its_job(place: Place, tmp_path: Path, monkeypatch:
         lead, follow = pool.submit(node._lead, first, []), pool.submit(node._follow, place, [])
         assert (lead.result(60), follow.result(60)) == (0, 0)
     assert Path(place.marker).is_file(), "the last word is the queue"
+    assert Path(f"{place.marker}.begun").read_text() == "\n", "the batch script need not decide"
     assert [[here.again for task, here in attempts if task == it] for it in (0, 1)] == [[0, 1, 2], [0, 1, 2]]
     ports = {(here.again, here.port) for _, here in attempts}
     assert len(ports) == len({port for _, port in ports}) == 3, "all tasks meet at the same new port each time"

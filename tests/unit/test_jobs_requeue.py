@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,9 @@ def test_an_attempt_that_left_no_line_gets_one(place: Place, monkeypatch: pytest
     (tools / "sacct").write_text(f"#!/bin/sh\n{asked}\n")
     (tools / "sacct").chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
+    run.write_status(attempt=0)
+    Settler(run, place).begin()
+    run.write_status(attempt=1)
     Settler(run, dataclasses.replace(place, restart=1)).begin()
     (row,) = read_jsonl(run.attempts)
     assert (row["attempt"], row["ended"], row["decided"], row["restart"]) == (1, "failed", "lost", 0)
@@ -300,6 +304,27 @@ def test_an_attempt_that_left_no_line_gets_one(place: Place, monkeypatch: pytest
     assert bury(run, place) is None
     run.write_status(attempt=2, state="done")
     assert bury(run, None) is None
+
+
+@pytest.mark.parametrize("by", ["submit", "resume"])
+def test_an_attempt_that_left_no_line_stays_that_of_its_job(place: Place, by: str) -> None:
+    run = run_of(place)
+    run.write_status(attempt=0)
+    Settler(run, place).begin()
+    run.write_status(attempt=1)
+    Settler(run, dataclasses.replace(place, job="42", restart=0) if by == "submit" else None).begin()
+    (row,) = read_jsonl(run.attempts)
+    assert (row["job_id"], row["restart"], row["nodes"]) == ("41", 0, ["n1", "n2"])
+    assert (run.read_status()["job"] or {}).get("job_id") == ("42" if by == "submit" else None)
+
+
+def test_the_end_of_the_task_is_no_preemption(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that keeps the record gets SIGTERM then, too."""
+    settle = Settler(run_of(place), place)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    _, why, facts = settle("stopped", "stopped by SIGTERM", TERM, True)
+    assert why == "stopped by SIGTERM, since the job's task was killed; requeue 1 of 2"
+    assert (facts["failure"]["kind"], facts["decided"]) == ("unknown", "requeue 1 of 2: unknown")
 
 
 def test_a_run_that_takes_its_node_down_each_time_comes_to_an_end(place: Place) -> None:

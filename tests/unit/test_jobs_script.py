@@ -174,6 +174,33 @@ def test_a_job_that_was_preempted_before_it_could_hear_it_is_requeued(
     assert ended(tmp_path, rc, slurm=slurm) == ("requeue 7\n" if requeued else None)
 
 
+@pytest.mark.parametrize(
+    ("rc", "begun", "cancelled", "slurm", "requeued"),
+    [
+        (9, "run", False, {}, True),
+        (137, "run", False, {}, True),
+        (9, "run", True, {}, False),
+        (9, "", False, {}, False),
+        (9, None, False, {}, False),
+        (1, "run", False, {}, False),
+        (9, "run", False, {"max_requeues": 1}, False),
+        (9, "run", False, {"max_requeues": 0}, False),
+    ],
+)
+def test_a_job_whose_task_was_killed_before_it_decided_is_requeued(
+    tmp_path: Path, ended: Ended, rc: int, begun: str | None, cancelled: bool, slurm: Any, requeued: bool
+) -> None:
+    """Srun's status is that of the task that was killed; once the task has decided, its file names no run."""
+    folder, run = tmp_path / "a b", tmp_path / "my run"
+    for each in (folder, run):
+        each.mkdir()
+    if begun is not None:
+        (folder / "requeue.7.1.begun").write_text(f"{run if begun else ''}\n")
+    if cancelled:
+        (run / ".cancelled").touch()
+    assert ended(folder, rc, slurm=slurm) == ("requeue 7\n" if requeued else None)
+
+
 def test_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
     lines = setup_lines(config(setup=("false",)).slurm)
     done = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PreflightError, SftDistError
-from sft_dist.files import read_json
+from sft_dist.files import read_json, read_jsonl, write_json
 from sft_dist.jobs import submit as module
 from sft_dist.jobs.node import NodeJob
 from sft_dist.jobs.status import look
@@ -83,6 +83,18 @@ def test_a_later_link_of_a_chain_leaves_the_state_to_the_first(box: Path, monkey
     monkeypatch.setattr(module, "_record", started)
     submit_in_turn(chain())
     assert (run.read_status()["state"], run.read_status()["attempt"], run.cancelled.exists()) == ("running", 1, True)
+
+
+def test_an_attempt_that_left_no_line_gets_one_before_the_next_job(box: Path) -> None:
+    """The new job's state takes the place of the last sign of life."""
+    again = part()
+    heard = "2026-01-01T00:00:00+00:00"
+    status = {"state": "running", "attempt": 1, "step": 7, "job": {"job_id": "6"}, "updated": heard}
+    write_json(again.run.status, status)
+    submit_in_turn([again])
+    (row,) = read_jsonl(again.run.attempts)
+    assert (row["job_id"], row["end"], row["decided"]) == ("6", heard, "lost")
+    assert again.run.read_status()["state"] == "queued"
 
 
 def test_a_chain_is_submitted_whole_or_not_at_all(box: Path) -> None:
