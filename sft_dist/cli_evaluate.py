@@ -77,7 +77,7 @@ def _take(run: RunDir, recorded: Config, config: Config, *, before: bool) -> Non
     if not before and not (run.model / "DONE").is_file():
         raise CheckpointError(
             f"run {run.name} has no final model (state: {run.read_status().get('state', 'unknown')})",
-            hint=f"finish the training first: sft-dist resume {run.path}; --before asks the base model",
+            hint=f"finish the training first: sft-dist resume {run.quoted}; --before asks the base model",
         )
     refuse_live(run)
     tokenizer = load_tokenizer(config.model).tokenizer

@@ -73,7 +73,9 @@ def logs(
     if not sources(found, rank):
         of = "" if rank is None else f" of node or rank {rank}"
         why = "what `train` shows is not kept in a file"
-        if (found.path / "slurm" / "job.json").is_file():
+        if rank is not None and sources(found):
+            why = "there are logs of others"
+        elif (found.path / "slurm" / "job.json").is_file():
             why = "its job has not started, or the nodes do not see this folder"
         sys.stderr.write(f"no log files{of} in {found.path} yet; {why}\n")
         if not follow:

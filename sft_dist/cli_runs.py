@@ -165,7 +165,7 @@ def ready_again(run: RunDir, overrides: Sequence[str]) -> Config:
     from sft_dist.jobs.admission import refuse_live
 
     if run.read_status().get("state") == "done" and (run.model / "DONE").is_file():
-        raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {run.path}")
+        raise ConfigError(f"run {run.name} is done", hint=f"see it with: sft-dist report {run.quoted}")
     refuse_live(run)
     config = config_again(run, overrides)
     if overrides:

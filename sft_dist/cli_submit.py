@@ -87,7 +87,7 @@ def submit(
         try:
             _follow(submitted, local=local)
         except KeyboardInterrupt:
-            runs = " ".join(dict.fromkeys(str(run.path) for run, _ in submitted))
+            runs = " ".join(dict.fromkeys(run.quoted for run, _ in submitted))
             sys.stderr.write(f"the jobs go on: sft-dist status {runs}; sft-dist cancel RUN stops one\n")
             raise
 
@@ -201,7 +201,7 @@ def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
             _all_told(submitted, last)  # its last words may have come just now
             if all(run.read_status().get("state") in ENDED for run, _ in submitted):
                 break
-            hint = f"they may have said why: sft-dist logs {submitted[0][0].path}"
+            hint = f"they may have said why: sft-dist logs {submitted[0][0].quoted}"
             raise SftDistError("the jobs have ended without a word of the run's", hint=hint)
         time.sleep(FOLLOW_S)
     for run, _ in submitted:
@@ -211,7 +211,7 @@ def _follow(submitted: Sequence[tuple[RunDir, str]], *, local: bool) -> None:
             error.exit_code = int(status.get("exit_status") or 1)
             raise error
         if status.get("state") == "stopped":
-            raise RunStopped(str(status.get("reason")), hint=f"go on with: sft-dist submit {run.path}")
+            raise RunStopped(str(status.get("reason")), hint=f"go on with: sft-dist submit {run.quoted}")
 
 
 def _all_told(submitted: Sequence[tuple[RunDir, str]], last: dict[Path, str]) -> bool:

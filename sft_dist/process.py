@@ -7,8 +7,10 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from sft_dist.errors import SftDistError, exit_status, explained
@@ -87,3 +89,23 @@ def status_of(work: Callable[[], object]) -> int:
         sys.stderr.write(explained(error))
         return exit_status(error)
     return 0
+
+
+@contextlib.contextmanager
+def apart(log: Path) -> Iterator[None]:
+    """What is started meanwhile is out of reach of Ctrl-C, and says what it says in `log`.
+
+    It inherits that. With this process's own stdout, `$(sft-dist submit ...)` and a pipe would wait for its end.
+    """
+    kept = [os.dup(number) for number in range(3)]
+    with log.open("ab") as out, Path(os.devnull).open("rb") as nothing:
+        for number, stream in enumerate((nothing, out, out)):
+            os.dup2(stream.fileno(), number)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)

@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -46,6 +47,11 @@ class RunDir:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def quoted(self) -> str:
+        """The path as one word of a shell, for commands to type."""
+        return shlex.quote(str(self.path))
 
     @property
     def config(self) -> Path:
@@ -202,18 +208,14 @@ def refuse_existing(root: Path, name: str) -> None:
     if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
         return
     if not run.config.is_file():
-        raise ConfigError(
-            f"{run.path} exists and is not a run of sft-dist (it has no config.yaml)",
-            hint="add run.name=ANOTHER_NAME, or move it away",
-        )
+        what = f"{run.path} exists and is not a run of sft-dist (it has no config.yaml)"
+        raise ConfigError(what, hint="add run.name=ANOTHER_NAME, or move it away")
     choices = ["keep both      add run.name=ANOTHER_NAME", "replace it     add --overwrite (the old run is deleted)"]
     if (state := run.read_status().get("state", "unknown")) != "done":
         command = "submit" if (run.plan / "job.sbatch").is_file() else "resume"
-        choices.insert(0, f"go on with it  sft-dist {command} {run.path}")
-    raise ConfigError(
-        f"the run directory {run.path} already exists (state: {state}) and is never overwritten by accident",
-        problems=choices,
-    )
+        choices.insert(0, f"go on with it  sft-dist {command} {run.quoted}")
+    what = f"the run directory {run.path} already exists (state: {state}) and is never overwritten by accident"
+    raise ConfigError(what, problems=choices)
 
 
 def create_run(root: Path, name: str, *, overwrite: bool = False) -> RunDir:
@@ -244,7 +246,5 @@ def find_run(name_or_path: str) -> RunDir:
 def check_run_name(name: str) -> None:
     """Raise ConfigError unless `name` is one plain folder name that every shell and filesystem takes."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
-        raise ConfigError(
-            f"run.name {name!r} cannot be a folder name",
-            hint="use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 120 characters",
-        )
+        hint = "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 120 characters"
+        raise ConfigError(f"run.name {name!r} cannot be a folder name", hint=hint)

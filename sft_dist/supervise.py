@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         return 2
     run = RunDir(Path(arguments[0]))
     if run.cancelled.exists():  # between the requeue and this start
-        sys.stderr.write(f"run {run.name} was cancelled; go on with: sft-dist submit {run.path}\n")
+        sys.stderr.write(f"run {run.name} was cancelled; go on with: sft-dist submit {run.quoted}\n")
         run.write_status(state="stopped", reason="cancelled")
         return 0
     place = handed_place()

@@ -55,7 +55,7 @@ def load_for(config: Config, run: RunDir, resolved: Resolved, when: When) -> Loa
         if not (run.model / "DONE").is_file():
             raise CheckpointError(
                 f"{run.name} has no final model (state: {run.read_status().get('state', 'unknown')})",
-                hint=f"finish the training first: sft-dist resume {run.path}",
+                hint=f"finish the training first: sft-dist resume {run.quoted}",
             )
         # Saved with the template that it was trained with, so `auto` finds that one again.
         trained: dict[str, Any] = {"tokenizer": str(run.model), "chat_template": "auto"}

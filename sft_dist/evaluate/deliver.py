@@ -39,7 +39,7 @@ def deliver(run: RunDir, to: str, *, public: bool = False) -> str:
     found = verdict(run)
     if found is None:
         raise CheckpointError(
-            f"run {run.name} has no final model", hint=f"its training must end first: sft-dist resume {run.path}"
+            f"run {run.name} has no final model", hint=f"its training must end first: sft-dist resume {run.quoted}"
         )
     if "unproven" in found:
         raise CheckpointError(

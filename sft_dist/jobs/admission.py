@@ -37,7 +37,7 @@ def refuse_live(run: RunDir) -> None:
         what = f"another process works on it ({holder or 'unknown'})"
         if job and job.phase != "ended":
             what = f"job {job.id} is {job.state}"
-        raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.path}")
+        raise ConfigError(f"run {run.name} is not stopped: {what}", hint=f"stop it first: sft-dist cancel {run.quoted}")
     if seen.unanswered or (seen.jobs and not seen.queue.known and seen.state in ("queued", "running")):
         why = "; ".join(seen.queue.notes) or "no squeue knows it here"
         raise ConfigError(
@@ -56,7 +56,8 @@ def submitting(run: RunDir) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"run {run.name} is being submitted by another process", hint=f"see it with: sft-dist status {run.path}"
+                f"run {run.name} is being submitted by another process",
+                hint=f"see it with: sft-dist status {run.quoted}",
             ) from None
         except OSError:  # a filesystem without locks
             pass

@@ -122,7 +122,7 @@ def _stop_here(run: RunDir, record: Record, wait_s: float, now: bool) -> None:
     if not _within(wait_s, LOCAL_POLL_S, lambda: not run.held()):
         raise SftDistError(
             f"process {pid} has been asked to stop and is still there after {wait_s:.0f} s",
-            hint=f"it ends when it has saved; without a save: sft-dist cancel {run.path} --now",
+            hint=f"it ends when it has saved; without a save: sft-dist cancel {run.quoted} --now",
         )
 
 

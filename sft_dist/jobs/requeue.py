@@ -59,7 +59,7 @@ class Settler:
                 self.run.write_status(state="failed", reason=why)
                 raise SftDistError(
                     why,
-                    hint=f"see logs and nodes: sft-dist status {self.run.path}; once more: sft-dist submit {self.run.path}",
+                    hint=f"see logs and nodes: sft-dist status {self.run.quoted}; once more: sft-dist submit {self.run.quoted}",
                 )
             # Whoever finds this attempt without a line in the record cannot know from elsewhere which job it was.
             self.run.write_status(job=job_facts(self.place) if self.place is not None and self.place.marker else None)

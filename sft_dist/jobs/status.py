@@ -95,13 +95,13 @@ class RunStatus:
     def next_command(self) -> str:
         """What to type next."""
         if self.state == "running":
-            return f"sft-dist logs -f {self.record.run.path}"
+            return f"sft-dist logs -f {self.record.run.quoted}"
         if self.state == "queued" and (self.verdict.live or self.jobs):
-            return f"sft-dist cancel {self.record.run.path}"
+            return f"sft-dist cancel {self.record.run.quoted}"
         if self.state == "done":
-            return f"sft-dist report {self.record.run.path}"
+            return f"sft-dist report {self.record.run.quoted}"
         to_slurm = self.jobs or (self.record.run.plan / "job.sbatch").is_file()  # sbatch may have refused it
-        return f"sft-dist {'submit' if to_slurm else 'resume'} {self.record.run.path}"
+        return f"sft-dist {'submit' if to_slurm else 'resume'} {self.record.run.quoted}"
 
     def facts(self) -> dict[str, Any]:
         """The values as JSON."""

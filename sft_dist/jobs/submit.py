@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from sft_dist.jobs.offline import caches
 from sft_dist.jobs.queue import call, local_cluster
 from sft_dist.jobs.requeue import bury
 from sft_dist.jobs.script import sbatch_options, script_text, setup_lines
+from sft_dist.process import apart
 from sft_dist.rundir import RunDir
 
 EVERYTHING = ("before", "train", "after")
@@ -119,7 +119,7 @@ def submit(
         said = f"sbatch refused the job: {_last_words(error)}"
         for part in parts:
             part.run.write_status(state="failed", reason=said)
-        hint = f"correct it and go on with: sft-dist submit {parts[0].run.path} slurm.FIELD=VALUE"
+        hint = f"correct it and go on with: sft-dist submit {parts[0].run.quoted} slurm.FIELD=VALUE"
         raise SftDistError(said, hint=hint) from error
     ids = [str(job.job_id) for job in submitted]
     for part, number in zip(parts, ids, strict=True):
@@ -183,11 +183,8 @@ def _submit_here(submitit: Any, part: Part, folder: Path, job: NodeJob) -> Any:
         tasks_per_node=part.tasks_per_node,
         gpus_per_node=gpus_of(slurm)[1],
     )
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # submitit's controller inherits it
-    try:
+    with apart(folder / "controller.log"):
         return executor.submit(job)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _spec(part: Part, folder: Path) -> dict[str, Any]:

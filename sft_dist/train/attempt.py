@@ -112,7 +112,7 @@ def _attempt(run: RunDir, settle: Settle | None, *, started: bool) -> Iterator[A
             yield current
         except (RunStopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, RunStopped) else Interrupted(TWICE)
-            stopped.hint = stopped.hint or f"go on with: sft-dist resume {run.path}"
+            stopped.hint = stopped.hint or f"go on with: sft-dist resume {run.quoted}"
             state, reason = "stopped", stopped.message
             raise stopped from None
         except BaseException as error:

@@ -100,7 +100,7 @@ def agree_on_room(run: RunDir, what: str, why: str | None, ranks: Ranks) -> None
     useless = f" ({', '.join(aside)} in {run.checkpoints} can go)" if aside else ""
     raise DiskError(
         f"{what} {told}",
-        hint=f"make room there{useless} and go on with: sft-dist resume {run.path}; a new run can lie elsewhere: run.dir=...",
+        hint=f"make room there{useless} and go on with: sft-dist resume {run.quoted}; a new run can lie elsewhere: run.dir=...",
     )
 
 
@@ -125,7 +125,7 @@ def agree_on_writing(run: RunDir, folder: Path, mine: Exception | None, ranks: R
             discard(folder)
     said = "; ".join(failed[:4]) if ranks.size > 1 else told
     message = f"{folder.name} could not be written and does not count: {said}"
-    hint = f"the checkpoints before it stay; when the disk is in order: sft-dist resume {run.path}"
+    hint = f"the checkpoints before it stay; when the disk is in order: sft-dist resume {run.quoted}"
     if mine is not None and not is_of_disk(mine):
         raise mine
     if mine is not None:

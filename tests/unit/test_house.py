@@ -101,6 +101,12 @@ def test_only_the_cli_prints() -> None:
     assert set(violations(prints)) <= {"sft_dist/cli.py"}, "print: log it, or return it to cli.py"
 
 
+def test_commands_to_type_name_runs_as_a_shell_takes_them() -> None:
+    """A folder may have blanks."""
+    typed = re.compile(r"sft-dist [^\n]*\{[^}\n]*\.path\}")
+    assert not {path.name: found for path in MODULES if (found := typed.findall(path.read_text(encoding="utf-8")))}
+
+
 def test_light_modules_raise_instead_of_asserting() -> None:
     def bare(path: Path) -> list[int]:
         if path.relative_to(PACKAGE).parts[0] in HEAVY_ROOMS:

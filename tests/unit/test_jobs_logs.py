@@ -183,6 +183,9 @@ def test_a_run_without_logs_says_so(run: RunDir, run_cli: RunCli) -> None:
     assert "not kept in a file" in done.stderr
     write(run, "slurm/job.json", '{"jobs": [{"job_id": "12"}]}')
     assert "the nodes do not see this folder" in run_cli("logs", run.path).stderr
+    write(run, "slurm/12_0_log.out", "step 1\n")
+    assert "of node or rank 7" in (said := run_cli("logs", run.path, "--rank", "7").stderr)
+    assert "there are logs of others" in said
 
 
 def test_following_ends_with_the_run(run: RunDir) -> None:

@@ -150,7 +150,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 
         def submit(self, _: Any) -> Any:
             given["on_ctrl_c"] = signal.getsignal(signal.SIGINT)
-            return subprocess.Popen(["true"])
+            return subprocess.Popen(["readlink", *(f"/proc/self/fd/{number}" for number in range(3))])
 
     def run(one: Part) -> dict[str, Any]:
         slurm_folder(one.run).mkdir(parents=True, exist_ok=True)
@@ -176,6 +176,16 @@ def test_a_local_job_has_bash_and_the_gpus_of_this_shell(
     assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "a b 5,3 True\n"
     assert given["on_ctrl_c"] == signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_local_job_holds_no_output_of_this_command(here: Here, capfd: pytest.CaptureFixture[str]) -> None:
+    """A pipe behind `submit --local` would wait for the end of the job."""
+    one = part()
+    here(one)
+    print("mine")
+    log = slurm_folder(one.run) / "controller.log"
+    assert log.read_text().splitlines() == [os.devnull, str(log), str(log)]
+    assert capfd.readouterr().out == "mine\n"
 
 
 def test_a_local_jobs_setup_that_fails_is_said_in_its_log(here: Here) -> None:

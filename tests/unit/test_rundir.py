@@ -154,3 +154,7 @@ def test_an_unknown_run_is_refused_with_the_runs_that_are_there(tmp_path: Path) 
         find_run("demo")
     assert "runs in runs: a, b" in str(refused.value)
     assert "no-run" not in str(refused.value)
+
+
+def test_a_path_is_one_word_in_commands_to_type() -> None:
+    assert [RunDir(Path(path)).quoted for path in ("runs/a", "my runs/a")] == ["runs/a", "'my runs/a'"]
