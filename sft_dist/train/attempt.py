@@ -104,12 +104,13 @@ def _attempt(run: RunDir, settle: Settle | None, *, started: bool) -> Iterator[A
     start = {"attempt": number, "start": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
     stale: dict[str, Any] = dict.fromkeys(set(OUTCOME) & run.read_status().keys())
     run.write_status(state="running", reason=None, attempt=number, started=start["start"], **stale)
-    state, reason = "done", None
+    state, reason = "failed", None  # until something else is certain
     with StopRequest(started=started) as stop:
         current = Attempt(stop)
         try:
             stop.release()
             yield current
+            state = "done"
         except (RunStopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, RunStopped) else Interrupted(TWICE)
             stopped.hint = stopped.hint or f"go on with: sft-dist resume {run.quoted}"

@@ -134,3 +134,17 @@ def test_an_interrupt_while_the_end_is_put_down_does_not_lose_the_record(tmp_pat
     (line,) = read_jsonl(run.attempts)
     assert (line["ended"], line["reason"]) == ("stopped", "stopped by SIGINT at step 3")
     assert run.read_status()["state"] == "stopped"
+
+
+def test_a_run_whose_end_cannot_be_put_into_words_has_failed_and_is_not_done(tmp_path: Path) -> None:
+    class Odd(RunStopped):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "hint" and value:
+                raise RuntimeError("a mistake of ours")
+            super().__setattr__(name, value)
+
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(RuntimeError), attempt(run):
+        raise Odd("stopped by SIGINT at step 3")
+    (line,) = read_jsonl(run.attempts)
+    assert (line["ended"], run.read_status()["state"]) == ("failed", "failed")
