@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import re
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def source_files(name: str) -> list[Path] | None:
     if path.exists():
         return [path]
     if glob.has_magic(name):
-        start = Path(path.anchor)
+        # What stands before the first sign of a pattern is a folder that was named, hidden or above this one.
+        start = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         return _known(sorted(start.glob(str(path.relative_to(start)))), name, start)
     if kind_of(path) or not HUB_NAME.fullmatch(name):
         raise DataError(f"there is no file {name} (looked in {Path.cwd()})", hint=nearby(path))
@@ -79,11 +81,12 @@ def _about(path: Path) -> bool:
 
 def _known(paths: list[Path], name: str, folder: Path) -> list[Path]:
     """The files among `paths` whose endings are known, none of them hidden or about data only."""
-    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    parts = [(path, path.relative_to(folder).parts) for path in paths]
+    visible = [path for path, names in parts if not any(it.startswith(".") and it != ".." for it in names)]
     files = [path for path in visible if path.is_file() and kind_of(path) and not _about(path)]
     if not files:
         raise DataError(
-            f"{name} holds no data files",
+            f"{name} {'matches' if glob.has_magic(name) else 'holds'} no data files",
             hint=f"known endings: {', '.join(KINDS)}, each also with {' or '.join(PACKED)}",
         )
     return files

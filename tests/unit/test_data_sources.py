@@ -205,7 +205,7 @@ def test_missing_files(rows_file, tmp_path, monkeypatch):
         load(tmp_path / "sub" / "rows.jsonl")
     with pytest.raises(DataError, match=r"sub holds no data files\n  known endings: \.json, \.jsonl"):
         load(tmp_path / "sub")
-    with pytest.raises(DataError, match=r"\*\.csv holds no data files"):
+    with pytest.raises(DataError, match=r"\*\.csv matches no data files"):
         load(tmp_path / "*.csv")
     monkeypatch.chdir(tmp_path)
     for name in ("./rows", "../x/rows", "a/b/c", "my rows", "train_rows.json"):
@@ -468,6 +468,18 @@ def test_folders_and_patterns(tmp_path):
     assert answers(load(tmp_path / "rows" / "*.json*")[0]) == ["a", "b"]
     assert answers(load(tmp_path / "rows" / "**" / "*.parquet")[0]) == ["c"]
     assert load(tmp_path / "rows")[0][1].where == f"{tmp_path}/rows/b.jsonl:1"
+
+
+def test_a_pattern_may_start_in_a_hidden_folder_or_above_this_one(tmp_path, monkeypatch):
+    (tmp_path / ".mine" / "rows" / ".old").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_jsonl(tmp_path / ".mine" / "rows" / "a.jsonl", [row("a")])
+    write_jsonl(tmp_path / ".mine" / "rows" / ".old" / "b.jsonl", [row("b")])
+    for pattern in ("../.mine/rows/*.jsonl", f"{tmp_path}/.mine/**/*.jsonl", "../.mine/*/../rows/a*"):
+        assert answers(load(pattern)[0]) == ["a"], pattern
+    with pytest.raises(DataError, match=r"rows/\*.csv matches no data files"):
+        load("../.mine/rows/*.csv")
 
 
 def test_a_history_that_is_none_names_its_line_or_is_dropped(tmp_path):
