@@ -240,5 +240,5 @@ class _Pieces:
 
 def _not_json(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at column {error.colno}"
+        return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     return f"not valid JSON: {textwrap.shorten(str(error), 80)}"

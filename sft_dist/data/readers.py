@@ -20,6 +20,16 @@ from sft_dist.errors import DataError
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
+# How files begin that are no text: what they hold, and what to do.
+OPENINGS = {
+    b"\x1f\x8b": ("gzip", "add the ending .gz to its name"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "add the ending .zst to its name"),
+    b"PAR1": ("Parquet", "give it the ending .parquet"),
+    b"ARROW1": ("Arrow", "give it the ending .arrow"),
+    b"PK\x03\x04": ("a zip archive", "unpack it; a spreadsheet (.xlsx) is to be saved as CSV in UTF-8"),
+}
+JSON_OPENINGS = (b"{", b"[{", b"[\n", b"[\r\n")
+
 
 def file_rows(path: Path, name: str, split: str = "train") -> Iterator[Row]:
     """The rows of the file `path`, which messages call `name`; `split` is for folders that datasets saved.
@@ -36,10 +46,12 @@ def file_rows(path: Path, name: str, split: str = "train") -> Iterator[Row]:
             with _unpacked(path) as stream:
                 head = stream.peek(4096)
                 _check_encoding(head, name)
+                start = head.removeprefix(codecs.BOM_UTF8).lstrip()
                 if kind == "csv":
+                    if start.startswith(JSON_OPENINGS):
+                        raise DataError(f"{name} holds JSON, not columns", hint="give it the ending .jsonl or .json")
                     yield from _csv_rows(stream, name, "\t" if ".tsv" in path.name.lower() else ",")
                     return
-                start = head.removeprefix(codecs.BOM_UTF8).lstrip()
                 # Lines of objects may stand in a .json file, and an array in a .jsonl file: the content decides.
                 if kind == "json" or start.startswith(b"["):
                     yield from json_rows(stream, start, name, lambda: _unpacked(path))
@@ -79,6 +91,9 @@ def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
                         hint="put quotes around cells that hold separators or line breaks",
                     )
                     record.reason = "wrong_cells"
+                elif any("\0" in cell for cell in cells):
+                    record = DataError(f"{name}:{line}: holds a NUL byte, which is no text", hint="write the row again")
+                    record.reason = "not_text"
                 yield Row(f"{name}:", line, record)
             line = reader.line_num + 1
     except UnicodeDecodeError as error:
@@ -156,7 +171,12 @@ def _saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
 
 
 def _check_encoding(head: bytes, name: str) -> None:
+    """Raises DataError for content that is no text in UTF-8 by how it begins."""
+    for opening, (what, hint) in OPENINGS.items():
+        if head.startswith(opening):
+            raise DataError(f"{name} holds {what}, not text", hint=hint)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{name} is UTF-16 text; files must be UTF-8", hint=iconv("UTF-16"))
-    if b"\0" in head:
+    # Further down a NUL is a matter of one row: what a disk leaves that was full, or lost its power.
+    if b"\0" in head.partition(b"\n")[0]:
         raise DataError(f"{name} is binary or UTF-16, not UTF-8 text", hint=iconv("UTF-16"))

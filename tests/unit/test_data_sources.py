@@ -125,6 +125,12 @@ def test_home_folder_in_path(rows_file, tmp_path, monkeypatch):
         ("prompt,completion,completion\na,b,c\n", "rows.csv", "rows.csv has 2 columns with the name 'completion'"),
         ("prompt\tx\tcompletion\tx\na\tb\tc\td\n", "rows.tsv", "rows.tsv has 2 columns with the name 'x'"),
         (b"prompt,completion\na,caf\xe9\n", "rows.csv", r"rows.csv \(after line 1\) is not UTF-8 text"),
+        (gzip.compress(lines(row()).encode()), "rows.jsonl", r"rows.jsonl holds gzip, not text\n  add the ending .gz"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "rows.csv", r"rows.csv holds zstd, not text\n  add the ending .zst"),
+        (b"PAR1\x15\x04", "rows.json", r"rows.json holds Parquet, not text\n  give it the ending .parquet"),
+        (b"PK\x03\x04\x14\x00", "rows.xlsx", r"rows.xlsx holds a zip archive, not text\n  .* saved as CSV"),
+        (lines(row()), "rows.csv", r"rows.csv holds JSON, not columns\n  give it the ending .jsonl"),
+        ('{"a": "b', "rows.jsonl", r"rows.jsonl:1: not valid JSON: Unterminated string starting at column 7"),
         (b"no parquet", "rows.parquet", "rows.parquet is not valid Parquet"),
         (b"no arrow", "rows.arrow", "rows.arrow is not valid Arrow"),
         (b"no gzip", "rows.jsonl.gz", r"rows.jsonl.gz cannot be read: Not a gzipped file"),
@@ -139,6 +145,21 @@ def test_unusable_files(rows_file, content, name, message, on_bad_row):
         load(rows_file(content, name), on_bad_row=on_bad_row)
     assert caught.value.exit_code == 4
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (lines(row("a")).encode() + b"\0" * 20 + b"\n" + lines(row("b")).encode(), "rows.jsonl", ":2: not valid JSON"),
+        (b"question,answer\nq,a\nq,b\0\nq,b\n", "rows.csv", ":3: holds a NUL byte"),
+    ],
+)
+def test_a_nul_byte_is_a_matter_of_its_row(rows_file, content, name, message):
+    path = rows_file(content, name)
+    examples, dropped = load(path, on_bad_row="drop")
+    assert answers(examples) == ["a", "b"]
+    assert len(dropped) == 1
+    assert dropped[0].startswith(f"{path}{message}")
 
 
 def test_bad_rows_are_reported_together(rows_file):
