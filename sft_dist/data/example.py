@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,10 +59,13 @@ def prompt_messages(example: Example) -> tuple[Message, ...]:
 
 
 def expected_answer(example: Example) -> str:
-    """What a model should answer: the column `expected` if the row has it, else the last answer or the completion."""
+    """What a model should answer: the column `expected` if the row has it, else the last answer or the completion.
+
+    A value that is no text stands for what JSON spells it as.
+    """
     expected = example.fields.get("expected")
     if expected is not None:
-        return str(expected)
+        return expected if isinstance(expected, str) else json.dumps(expected, ensure_ascii=False, default=str)
     if example.completion is not None:
         return example.completion
     return next((str(m["content"]) for m in reversed(example.messages) if m["role"] == "assistant"), "")

@@ -28,8 +28,8 @@ RIGHT_CHAT_PAIR = (
 IN_MESSAGES = ("role", "content")
 # Two names for one thing, of which a format takes the one that is there.
 OTHER_NAME = {"messages": "conversations", "conversations": "messages", "output": "response", "response": "output"}
-# Columns that hold objects of which a chat template gets all.
-NESTED = ("messages", "conversations", "prompt", "completion", "tools")
+# Columns that hold objects of which a chat template, or a score, gets all.
+NESTED = ("messages", "conversations", "prompt", "completion", "tools", "expected")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 

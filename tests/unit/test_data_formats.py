@@ -109,6 +109,11 @@ def test_instruction_rows(row, question, answer, fields):
 def test_expected_column_may_be_a_number_and_null_is_no_answer():
     row = {"prompt": "2 + 2 =", "completion": " 4"}
     assert expected_answer(parse_row({**row, "expected": 4}, "auto", "w", None)) == "4"
+    spelled = {"x": "x", '{"a": "\u00e9"}': {"a": "\u00e9"}, "[1, 2]": [1, 2], "true": True, "4.5": 4.5}
+    for text, value in spelled.items():
+        assert expected_answer(parse_row({**row, "expected": value}, "auto", "w", None)) == text
+    in_a_table = parse_row({**row, "expected": {"a": 1, "of_other_rows": None}}, "auto", "w", None, table=True)
+    assert expected_answer(in_a_table) == '{"a": 1}'
     assert expected_answer(parse_row({**row, "expected": None}, "auto", "w", None)) == " 4"
 
 
