@@ -91,7 +91,8 @@ def _show(ledger: dict[str, Any]) -> None:
 
     from sft_dist.data.preview import ledger_table
 
-    Console(stderr=True, highlight=False).print(ledger_table(ledger))
+    console = Console(stderr=True, highlight=False)
+    console.print(ledger_table(ledger, console.width))
     typer.echo(json.dumps(ledger, indent=2))
 
 

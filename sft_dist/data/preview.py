@@ -18,8 +18,8 @@ from rich.text import Text
 from sft_dist.data.example import Example, prompt_messages
 
 NEWLINE, SPACE, TAB, CUT = "\u21b5", "\u00b7", "\u21e5", "\u2026"
-# Lines of the ledger's table for numbers that stand together.
-MOST_LINES = 8
+# Lines of the ledger's table for numbers that stand together; characters of its first column, and of a source's name on one line.
+MOST_LINES, LABEL, SOURCE = 8, 27, 14
 # Around every trained span, so that it is seen without colour; where the data holds these signs, they are spelled out.
 OPEN, CLOSE = "\u27e6", "\u27e7"
 TRAINED_STYLES = ("bold green", "bold bright_green")  # in turn, so that neighbouring tokens are told apart
@@ -44,8 +44,8 @@ def rows_table(examples: Sequence[Example], limit: int = 10, *, width: int = 160
     return table
 
 
-def ledger_table(ledger: Mapping[str, Any]) -> Table:
-    """The ledger's numbers: a column for each source, and for each split as a whole."""
+def ledger_table(ledger: Mapping[str, Any], width: int) -> Group:
+    """The ledger's numbers: a column for each source, and for each split as a whole; as many tables as `width` asks for."""
     columns: list[tuple[str, Mapping[str, Any]]] = []
     for split in ("train", "eval"):
         numbers = ledger.get(split)
@@ -55,16 +55,28 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
                 (f"{split}: {one['source']} ({one['format']})", _flat(one)) for one in sources if len(sources) > 1
             ]
             columns.append((split, _flat(numbers)))
-    table = Table(title=f"rows {ledger['key']}", title_justify="left")
-    table.add_column("")
-    for name, _ in columns:
-        table.add_column(Text(visible(name)), justify="right", overflow="fold")
     # A split as a whole has all numbers, in their order.
     whole_first = sorted(columns, key=lambda column: column[0] not in ("train", "eval"))
-    names = dict.fromkeys(name for _, numbers in whole_first for name in numbers)
+    names = list(dict.fromkeys(name for _, numbers in whole_first for name in numbers))
+    beside = max(1, (width - LABEL - 4) // (SOURCE + 3))
+    groups = [columns[at : at + beside] for at in range(0, len(columns), beside)]
+    tables = [_ledger_columns(names, group) for group in groups]
+    return Group(Text(f"rows {ledger['key']}", style="italic"), *tables)
+
+
+def _ledger_columns(names: Sequence[str], columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    table = Table()
+    table.add_column("", overflow="fold", width=LABEL)
+    for name, numbers in columns:
+        longest = max((len(f"{value:,}") for value in numbers.values()), default=1)
+        # The name of a source may be folded, its numbers may not.
+        table.add_column(
+            Text(visible(name)), justify="right", overflow="fold", min_width=max(longest, min(len(name), SOURCE))
+        )
     for name in names:
         values = [numbers.get(name) for _, numbers in columns]
-        table.add_row(Text(name), *("" if value is None else f"{value:,}" for value in values))
+        if any(value is not None for value in values):
+            table.add_row(Text(name), *("" if value is None else f"{value:,}" for value in values))
     return table
 
 

@@ -130,7 +130,7 @@ def test_the_ledger_as_a_table_has_a_column_for_each_source_and_spells_out_odd_n
     one = {"format": "messages", "rows_in": 1200, "tokens": 5, "dropped_reasons": {"not_json": 1}}
     sources = [{**one, "source": "a.jsonl"}, {**one, "source": "[red]b\x1b.jsonl"}]
     ledger = {"key": "abc", "train": {"rows_in": 2400, "tokens": 10, "sources": sources}, "eval": {"rows_in": 7}}
-    text = printed(ledger_table(ledger), width=200)
+    text = printed(ledger_table(ledger, 200), width=200)
     assert "rows abc" in text
     assert "train: a.jsonl (messages)" in text and "[red]b\\x1b.jsonl" in text
     (line,) = [line for line in text.splitlines() if "rows in" in line]
@@ -141,3 +141,14 @@ def test_the_ledger_as_a_table_has_a_column_for_each_source_and_spells_out_odd_n
         "2,400",
         "7",
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_ledger_of_many_sources_is_read_on_a_narrow_terminal(width):
+    numbers = {"rows_in": 1_234_567, "answers_cut_or_lost_share": 0.604839, "tokens_in": 98_765_432}
+    sources = [{"source": f"rows/{'x' * 30}/{n}.jsonl", "format": "messages", **numbers} for n in range(7)]
+    text = printed(ledger_table({"key": "abc", "train": {**numbers, "sources": sources}}, width), width=width)
+    assert text.count("answers cut or lost share") == text.count("tokens in")
+    for number in ("1,234,567", "0.604839", "98,765,432"):
+        assert text.count(number) == 8
+    assert all(len(line) <= width for line in text.splitlines())
