@@ -54,7 +54,8 @@ def status(
         return
     from sft_dist.report.status_table import details, status_table
 
-    _console().print(status_table(statuses))
+    console = _console()
+    console.print(status_table(statuses, console.width))
     if len(statuses) == 1 and runs:
         typer.echo("\n" + "\n".join(details(statuses[0])))
 

@@ -18,38 +18,51 @@ if TYPE_CHECKING:
 STYLES = {"running": "green", "queued": "cyan", "lost": "bold red", "failed": "red", "stopped": "yellow", "done": ""}
 MAX_NAME, MAX_WHY = 60, 80
 SHOWN_ATTEMPTS = 5
+# The least width of columns that fold, and what a narrow terminal goes without, the first first.
+FOLDED = {"run": 8, "why": 10}
+SPARE = ("nodes", "tries", "GPU h", "heard", "loss", "job")
+BETWEEN = 2
 
 
-def status_table(statuses: Sequence[RunStatus]) -> Table:
-    """One line a run."""
+def status_table(statuses: Sequence[RunStatus], width: int) -> Table:
+    """One line a run, in as many columns as `width` has room for."""
     from rich.table import Table
+
+    rows = [_cells(status) for status in statuses]
+    room = {name: FOLDED.get(name) or max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    # Rich takes room from columns that fold beyond their least width, down to none, before it cuts the others.
+    for name in SPARE:
+        if sum(room.values()) + BETWEEN * len(room) > width:
+            del room[name]
+    table = Table(box=None, pad_edge=False, padding=(0, BETWEEN, 0, 0))
+    for name in room:
+        if name in FOLDED:
+            table.add_column(name, overflow="fold", min_width=FOLDED[name])
+        else:
+            table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in room))
+    return table
+
+
+def _cells(status: RunStatus) -> dict[str, Any]:
+    """What stands in a run's line, by the name of the column."""
     from rich.text import Text
 
     now = datetime.datetime.now(datetime.UTC)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold", min_width=8)
-    table.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "left"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("job", no_wrap=True)
-    for name in ("nodes", "tries", "GPU h", "heard"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold", min_width=10)
-    for status in statuses:
-        table.add_row(
-            _text(status.name, MAX_NAME),
-            Text(status.state, style=STYLES.get(status.state, "")),
-            _steps(status),
-            NONE if status.loss is None else f"{status.loss:.4g}",
-            _short(status.eta_s),
-            _text(status.job_id or NONE, 30),
-            plain(status.nodes),
-            plain(status.attempts or None),
-            _hours(status.gpu_hours),
-            _ago(status, now),
-            _text(_why(status, now), MAX_WHY),
-        )
-    return table
+    return {
+        "run": _text(status.name, MAX_NAME),
+        "state": Text(status.state, style=STYLES.get(status.state, "")),
+        "step": _steps(status),
+        "loss": NONE if status.loss is None else f"{status.loss:.4g}",
+        "left": _short(status.eta_s),
+        "job": _text(status.job_id or NONE, 30),
+        "nodes": plain(status.nodes),
+        "tries": plain(status.attempts or None),
+        "GPU h": _hours(status.gpu_hours),
+        "heard": _ago(status, now),
+        "why": _text(_why(status, now), MAX_WHY),
+    }
 
 
 def details(status: RunStatus) -> Iterator[str]:

@@ -26,8 +26,9 @@ def visible(text: str) -> str:
 
 
 def clip(text: str, limit: int) -> str:
-    """`text`, cut after `limit` characters with a note of how many are left out."""
-    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit:,} more characters)"
+    """`text`, cut after `limit` characters with a note of how many are left out, unless the note is no shorter than these."""
+    note = f" ... ({len(text) - limit:,} more characters)"
+    return text if len(text) <= limit + len(note) else f"{text[:limit]}{note}"
 
 
 def mapping(value: Any) -> dict[str, Any]:

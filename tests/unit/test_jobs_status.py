@@ -389,3 +389,22 @@ def test_the_last_failure_is_shown_with_its_evidence(run_cli: RunCli) -> None:
     for odd in (3, {"kind": ["x"], "rank": {}}, {}):
         append_jsonl(run.attempts, {"attempt": 2, "ended": "failed", "failure": odd})
         assert run_cli("status", "a").returncode == 0
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_sees_names_and_reasons_and_goes_without_other_columns(
+    run_cli: RunCli, slurm: Callable[..., Path], width: int
+) -> None:
+    name = "sweep-of-learning-rates"
+    job = {"job_id": "12345678", "cluster": "c"}
+    made(name, {"state": "failed", "step": 12000, "max_steps": 120000, "reason": "out of memory"}, job=job)
+    slurm(squeue="", sacct="")
+    lines = run_cli("status", env={"PATH": os.environ["PATH"], "COLUMNS": str(width)}).stdout.splitlines()
+    assert all(len(line.rstrip()) <= width for line in lines)
+    titles = lines[0].split()
+    assert [it for it in ("run", "state", "step", "left", "why") if it not in titles] == []
+    assert "nodes" not in titles
+    assert "12000/120000" in lines[1]
+    begin, end = lines[0].index("run"), lines[0].index("state")
+    assert "".join(line[begin:end].strip() for line in lines[1:]) == name
+    assert "".join(line[lines[0].index("why") :].strip().replace(" ", "") for line in lines[1:]).startswith("outofmem")

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sft_dist.report.samples import pair_samples
 from sft_dist.report.tables import answers_table
+from sft_dist.report.text import clip
 
 
 def printed(table, width: int = 140) -> str:
@@ -72,3 +73,8 @@ def test_repeated_questions_stay_apart():
     asked = [{"kind": "question", "prompt": "q", "answer": str(number)} for number in range(2)]
     questions, _ = pair_samples(asked, asked)
     assert [(q.before.text, q.after.text) for q in questions] == [("0", "0"), ("1", "1")]
+
+
+def test_a_text_is_not_cut_for_a_note_that_is_longer_than_what_it_leaves_out():
+    assert clip("x" * 70, 60) == "x" * 70
+    assert clip("x" * 1060, 60) == "x" * 60 + " ... (1,000 more characters)"
