@@ -30,6 +30,8 @@ class Sample:
     category: str | None
     before: Answer | None
     after: Answer | None
+    set: str | None = None
+    """The evaluation set that it is of."""
 
     @property
     def verdict(self) -> str:
@@ -63,6 +65,7 @@ def pair_samples(
             category=None if row.get("category") is None else _text(row["category"]),
             before=_answer(left.get(key)),
             after=_answer(right.get(key)),
+            set=None if row.get("set") is None else _text(row["set"]),
         )
         (scored if row.get("kind") == "scored" else questions).append(sample)
     return questions, sorted(scored, key=lambda sample: ORDER.index(sample.verdict))

@@ -67,7 +67,7 @@ def page(call_cli: Callable[..., int], tmp_path: Path) -> Path:
     chats = [
         ("Hi", "Hello!"),
         ("Hostile?", HOSTILE),
-        ("Long?", "word " * 200),
+        ("Long?", "word " * 2000),
         *((f"Number {n}?", f"{n}.") for n in range(60)),
     ]
     rows = [
@@ -95,13 +95,22 @@ def test_a_browser_draws_the_worst_rows_first_and_hostile_ones_as_text(page: Pat
     assert "img" not in found.names
     assert len(found.rows) == 50, "the first fifty, the others on request"
     header, tokens = found.rows[0]
-    assert "rows.jsonl:3" in header and "beyond max_length" in header
+    assert re.search(r"rows\.jsonl:3 .* \d,\d{3} beyond max_length", header)
     kinds = [kind for kind, _ in tokens]
     assert kinds.count("cut") > 100 and "trained" in kinds and "boundary" in kinds
     hostile = next(tokens for header, tokens in found.rows if "rows.jsonl:2" in header)
     text = "".join(text for _, text in hostile)
     assert "</script><script>document.title='owned'</script>" in text
     assert "\\u2028\\u202e{{7*7}}\u00b7&amp;\u00b7<!--" in text
+
+
+def test_the_page_is_readable_on_paper_and_in_the_dark(page: Path) -> None:
+    style = re.search(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.S)
+    assert style is not None
+    screen, _, paper = style[1].partition("@media print")
+    assert "color-scheme: light dark" in screen, "fields and buttons follow the scheme"
+    assert "max-height: none" in paper, "a row that scrolls is cut off on paper"
+    assert "print-color-adjust: exact" in paper, "what is trained is told by its ground"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

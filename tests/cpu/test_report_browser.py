@@ -61,6 +61,17 @@ document.title = JSON.stringify({
 """
 
 
+# Where the columns of the score tables stand.
+SCORES = """
+const left = (one) => { const range = document.createRange(); range.selectNodeContents(one); return Math.round(range.getBoundingClientRect().left); };
+document.title = JSON.stringify({tables: [...document.querySelectorAll("#scores .numbers")].map((table) => ({
+  edge: table.parentElement.getBoundingClientRect().right,
+  after: [...table.querySelectorAll("td.after")].map((cell) => cell.getBoundingClientRect().right),
+  begins: [...table.querySelectorAll("tr > :first-child")].map(left),
+}))});
+"""
+
+
 def browse(page: Path, folder: Path, *flags: str) -> str:
     """The page as the browser has it in the end."""
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--dump-dom"]
@@ -127,6 +138,14 @@ def test_nothing_is_cut_off_on_paper(tmp_path: Path) -> None:
         assert len(seen["scroll"]) >= 1
         assert [pair for pair in seen["scroll"] if pair[0] > pair[1]] == [], name
         assert (seen["page"], seen["beyond"]) == (718, []), name
+
+
+def test_a_phone_shows_what_scores_became(tmp_path: Path) -> None:
+    """Without a hand that moves the table: what follows is the change, which is in the two before it."""
+    html = write_report(full_run(tmp_path)).read_text(encoding="utf-8")
+    for table in look(html, tmp_path, script=SCORES, width=390)["tables"]:
+        assert max(table["after"]) <= table["edge"]
+        assert len(set(table["begins"])) == 1, "the words of the first column stand below each other"
 
 
 def test_a_phone_shows_the_whole_page(tmp_path: Path) -> None:

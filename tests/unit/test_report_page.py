@@ -14,7 +14,7 @@ import pytest
 
 from sft_dist.config.loader import load_config, write_config
 from sft_dist.config.schema import Config
-from sft_dist.files import append_jsonl, write_json, write_text
+from sft_dist.files import append_jsonl, write_json, write_jsonl, write_text
 from sft_dist.report.config_text import marked_lines
 from sft_dist.report.page import MAX_SAMPLES, write_report
 from sft_dist.rundir import RunDir
@@ -259,6 +259,23 @@ def test_long_texts_are_cut_and_may_wrap(run):
     _, page = report(run)
     assert "(6,000 more characters)" in page.text
     assert re.search(r"\bbody {[^}]*overflow-wrap: anywhere;", page.raw["style"][0])
+
+
+def test_a_scored_row_says_its_set_where_there_are_several_and_a_long_expected_answer_has_room(run):
+    rows = [
+        {"kind": "scored", "set": name, "index": 0, "prompt": name, "expected": expected, "answer": "x"}
+        for name, expected in (("letters", "word " * 40), ("tickets", "refund"))
+    ]
+    run.eval.mkdir()
+    for path in (run.eval / "before.jsonl", run.eval / "after.jsonl"):
+        write_jsonl(path, rows)
+    part = {"n": 1, "first": "exact", "scores": {"exact": {"unit": "share", "before": 0.0, "after": 1.0}}}
+    write_json(run.scores, {"sets": {"letters": part, "tickets": part}})
+    html, page = report(run)
+    assert "<span>letters</span>" in html and "<span>tickets</span>" in html
+    assert [len(page.find("div", **{"class": name})) for name in ("answers", "answers three")] == [1, 1]
+    write_json(run.scores, {"sets": {"letters": part}})
+    assert "<span>letters</span>" not in report(run)[0]
 
 
 def test_self_contained_under_a_policy_that_allows_only_itself(run):

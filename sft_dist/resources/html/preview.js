@@ -11,11 +11,13 @@ const PAGE = 50, SPANS = 50000;
 let found = [], drawn = 0;
 for (const row of rows) row.text = (row.where + "\n" + row.tokens.map((token) => token[1]).join("")).toLowerCase();
 
+const many = (number) => number.toLocaleString("en");
+
 function card(row) {
   const article = document.createElement("article"), header = document.createElement("header"), body = document.createElement("pre");
-  header.textContent = `${row.where} · ${row.length} tokens, ${row.trained} trained (${(100 * row.share).toFixed(1)} %)` +
-    (row.cut ? `, ${row.cut} beyond max_length` : "") + (row.unknown ? `, ${row.unknown} unknown` : "") +
-    (row.documents > 1 ? `, ${row.documents} documents` : "") + (row.padding ? `, ${row.padding} of padding` : "");
+  header.textContent = `${row.where} · ${many(row.length)} tokens, ${many(row.trained)} trained (${(100 * row.share).toFixed(1)} %)` +
+    (row.cut ? `, ${many(row.cut)} beyond max_length` : "") + (row.unknown ? `, ${many(row.unknown)} unknown` : "") +
+    (row.documents > 1 ? `, ${row.documents} documents` : "") + (row.padding ? `, ${many(row.padding)} of padding` : "");
   for (const [kind, text] of row.tokens) {
     const span = document.createElement("span");
     span.className = KINDS[kind];
