@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the words of a message stand that is not the assistant's, for which no template has marks."""
+"""Whether a rendered conversation holds the words of its messages, and where those of others than the assistant stand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from sft_dist.data.example import Message
-from sft_dist.data.template import Span
+from sft_dist.data.template import REASONING, Span
 from sft_dist.errors import ConfigError
 
 
@@ -26,6 +26,27 @@ def refuse_without_effect(messages: Sequence[Message], loss_on: str) -> None:
                 f"message {index} ({role}) has the weight {weight:g}, which has no effect: data.loss_on={loss_on} does not "
                 "train it; take the weight out, or set data.loss_on=all"
             )
+
+
+def refuse_lost(text: str, messages: Sequence[Message]) -> None:
+    """Raises ConfigError for what stands in `messages` and not in `text`, though the template knows its name.
+
+    Of several answers' reasoning a template may leave out the earlier ones, as it does when it asks.
+    """
+    for index, message in enumerate(messages):
+        # A template may write anew what encloses reasoning inside of the words.
+        words = message["content"].rpartition("</think>")[2].strip() if message.get("tool_calls") else ""
+        if words not in text:
+            raise ConfigError(
+                f"the chat template leaves out the words beside the tool call in message {index}",
+                hint="take them out of the rows, or set model.chat_template to one that writes both",
+            )
+    reasoning = [message[key].strip() for message in messages for key in REASONING if message.get(key)]
+    if reasoning and not any(it in text for it in reasoning):
+        raise ConfigError(
+            "the chat template leaves out reasoning_content, although it knows the name",
+            hint="take it out of the rows, or set model.chat_template to one that writes it",
+        )
 
 
 def spans_of_others(

@@ -422,6 +422,28 @@ def test_what_a_template_has_no_place_for_is_refused(tiny_tokens: Callable[..., 
             assert f"no place for {missing}" in str(row.problem)
 
 
+def test_what_a_template_knows_by_name_and_leaves_out_is_refused(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path
+) -> None:
+    # As Llama 3.1's: of a message with a tool call nothing but the call; and reasoning of the last answer only.
+    said = "{{ m.reasoning_content if loop.last }}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}"
+    template = MARKED.replace("{% generation %}{{ m.content }}", "{% generation %}" + said)
+    (tmp_path / "own.jinja").write_text(template, encoding="utf-8")
+    tokens = tiny_tokens(chat_template=str(tmp_path / "own.jinja"))
+    asked = {"role": "user", "content": "Hi"}
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "f", "arguments": {}}]}
+    thought, answer = [{"role": "assistant", "content": "Hello!", **one} for one in ({"reasoning_content": "Hm."}, {})]
+    for messages, problem in (
+        ([asked, call], "leaves out the words beside the tool call in message 1"),
+        ([asked, {**call, "content": ""}], None),
+        ([asked, thought, asked, answer], "leaves out reasoning_content"),
+        ([asked, thought, asked, thought], None),
+    ):
+        for loss_on in ("assistant", "all"):
+            (row,) = rows_of(tokens, parse_row({"messages": messages}, "auto", "here"), loss_on=loss_on)
+            assert (problem or "None") in str(row.problem)
+
+
 # --- the choice of a template ----------------------------------------------------------------------------------------
 
 MARKED = (
