@@ -57,6 +57,8 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
 
 def _untrained(config: Config, row: MaskedRow, eos: int | None) -> list[str]:
     """What of a row is not trained on although it is an answer, and why."""
+    from sft_dist.data.nothing import no_words
+
     if row.problem:
         return [f"left out: {row.problem}"]
     limit, whole, kept = (
@@ -66,7 +68,7 @@ def _untrained(config: Config, row: MaskedRow, eos: int | None) -> list[str]:
     )
     cut = max(0, len(row.ids) - limit)
     if not (row.trained & (row.ids != eos)).any():
-        return ["left out: its answer has no words"]
+        return [f"left out: {no_words(row)}"]
     if cut and config.data.packing and config.data.packing_overflow == "split":
         return [f"{cut} tokens beyond max_length {limit} become further documents; {whole - kept} of them are trained"]
     said = [f"{cut} tokens beyond max_length {limit} are cut off, {whole - kept} of them trained ones"] if cut else []

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.errors import DataError
 
-WHY = {"refused": "the chat template refuses it", "empty": "the answer tokenises to nothing"}
+if TYPE_CHECKING:
+    from sft_dist.data.tokenize import MaskedRow
+
+WHY = {"refused": "the chat template refuses it", "empty": "the answer has no tokens, or none that is trained"}
+
+
+def no_words(row: MaskedRow) -> str:
+    """Why no word of a row's answers is trained, although the template takes it."""
+    if row.trained.any():
+        return "the answer tokenises to nothing"
+    return "none of its answers is trained, as data.loss_on and its messages' train or weight say"
 
 
 class NothingTrained(DataError):

@@ -24,6 +24,7 @@ from sft_dist.data.documents import Document, row_columns, temporary_beside, wit
 from sft_dist.data.encode import unknown_token
 from sft_dist.data.example import Example, RowFormat
 from sft_dist.data.json_rows import Row
+from sft_dist.data.nothing import no_words
 from sft_dist.data.sources import read_row
 from sft_dist.data.template import ChatTemplate
 from sft_dist.data.tokenize import IGNORED, MaskedRow, Masks
@@ -163,7 +164,7 @@ class ShardMaker:
             counts["refused" if row.problem else "empty"] += 1
             counts["lost_tokens"] += len(row.ids)
             if counts["first"] is None:
-                problem = row.problem or "the answer tokenises to nothing, so there is nothing to train on"
+                problem = row.problem or f"{no_words(row)}, so there is nothing to train on"
                 counts["first"] = f"{example.where}: {problem}"
             return []
         counts["doubled_bos"] += row.doubled_bos

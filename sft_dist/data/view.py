@@ -13,6 +13,7 @@ from sft_dist.config.schema import Config
 from sft_dist.data.encode import unknown_token
 from sft_dist.data.example import Example
 from sft_dist.data.notes import Ints, Notes
+from sft_dist.data.nothing import no_words
 from sft_dist.data.page import Sample, Token
 from sft_dist.data.prepared import Prepared
 from sft_dist.data.preview import visible
@@ -158,7 +159,7 @@ class _Drawing:
         row = next(self.masks.rows([example]))
         ids = row.ids.tolist()
         tail, lost = self._beyond(ids)
-        why = "nothing of its answer is within max_length" if lost else "its answer has no words"
+        why = "nothing of its answer is within max_length" if row.trained[self.limit :].any() else no_words(row)
         kept = ids[: self.limit]
         tokens = self._tokens(kept, [False] * len(kept), [1.0] * len(kept)) + tail
         where = visible(f"{example.where}: left out: {row.problem or why}")
