@@ -18,8 +18,8 @@ from rich.text import Text
 from sft_dist.data.example import Example, prompt_messages
 
 NEWLINE, SPACE, TAB, CUT = "\u21b5", "\u00b7", "\u21e5", "\u2026"
-# Lines of the ledger's table for numbers that stand together; characters of its first column, and of a source's name on one line.
-MOST_LINES, LABEL, SOURCE = 8, 27, 14
+# Lines of the ledger's table for numbers that stand together; characters of its first column at most, and of a source's name on one line.
+MOST_LINES, LABEL, SOURCE = 8, 35, 14
 # Around every trained span, so that it is seen without colour; where the data holds these signs, they are spelled out.
 OPEN, CLOSE = "\u27e6", "\u27e7"
 TRAINED_STYLES = ("bold green", "bold bright_green")  # in turn, so that neighbouring tokens are told apart
@@ -58,15 +58,16 @@ def ledger_table(ledger: Mapping[str, Any], width: int) -> Group:
     # A split as a whole has all numbers, in their order.
     whole_first = sorted(columns, key=lambda column: column[0] not in ("train", "eval"))
     names = list(dict.fromkeys(name for _, numbers in whole_first for name in numbers))
-    beside = max(1, (width - LABEL - 4) // (SOURCE + 3))
+    label = min(LABEL, max(map(len, names), default=1))
+    beside = max(1, (width - label - 4) // (SOURCE + 3))
     groups = [columns[at : at + beside] for at in range(0, len(columns), beside)]
-    tables = [_ledger_columns(names, group) for group in groups]
+    tables = [_ledger_columns(names, label, group) for group in groups]
     return Group(Text(f"rows {ledger['key']}", style="italic"), *tables)
 
 
-def _ledger_columns(names: Sequence[str], columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+def _ledger_columns(names: Sequence[str], label: int, columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     table = Table()
-    table.add_column("", overflow="fold", width=LABEL)
+    table.add_column("", overflow="fold", width=label)
     for name, numbers in columns:
         longest = max((len(f"{value:,}") for value in numbers.values()), default=1)
         # The name of a source may be folded, its numbers may not.
