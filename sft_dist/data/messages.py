@@ -159,7 +159,10 @@ def _role(said: Any, label: str, fail: Failure, roles: Mapping[str, str]) -> str
     )
     guess = f'; did you mean "{near}"?' if near else ""
     known = ", ".join([*ROLES, *roles])
-    raise fail(f"{label} has the unknown role {cut(repr(said))}{guess} (roles: {known})", "unknown_role")
+    raise fail(
+        f"{label} has the unknown role {cut(repr(said))}{guess} (roles: {known}; `roles` of the source maps others)",
+        "unknown_role",
+    )
 
 
 def _weight(item: Mapping[str, Any], label: str, fail: Failure) -> float:

@@ -140,6 +140,7 @@ MESSAGES_ERRORS = [
     (["Hi"], r"messages\[0\] is text, not an object"),
     ([{"from": "human", "value": "Hi"}], r"messages\[0\] has no role \(its keys: from, value\)"),
     ([USER, says("asistant", "x")], r"""messages\[1\] has the unknown role 'asistant'; did you mean "assistant"\?"""),
+    ([USER, says("agent", "x")], r"unknown role 'agent'.* \(roles: system, .*; `roles` of the source maps others\)"),
     ([says("human", "x"), ANSWER], 'did you mean "user"'),
     ([says(3, "x"), ANSWER], "unknown role 3 "),
     ([USER, {"role": "assistant"}], r"messages\[1\] \(assistant\) has no content"),
@@ -277,7 +278,10 @@ def test_renamed_roles_and_columns():
     plain = RowFormat(columns={"prompt": "frage", "completion": "antwort"})
     example = parse_row({"frage": "2 + 2 =", "antwort": " 4"}, plain, "w")
     assert (example.prompt, example.completion, example.fields) == ("2 + 2 =", " 4", {})
-    with pytest.raises(DataError, match=r"unknown role 'boss' \(roles: system, user, assistant, tool, client, agent\)"):
+    with pytest.raises(
+        DataError,
+        match=r"unknown role 'boss' \(roles: system, user, assistant, tool, client, agent; `roles` of the source maps others\)",
+    ):
         parse_row({"dialog": [{"who": "boss", "said": "Hi"}]}, how, "w")
 
 
