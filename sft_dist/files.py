@@ -112,7 +112,8 @@ class PatientJsonl:
 
     def append(self, row: dict[str, Any]) -> None:
         self._waiting.append(row)
-        if self.flush() > self._keep:
+        self.flush()
+        if len(self._waiting) > self._keep:
             self._waiting.popleft()
             self.lost += 1
 

@@ -83,7 +83,9 @@ def unreadable(checkpoint: Path, ranks: Ranks) -> str | None:
     Opens each file as the trainer and the engine will, before there is an engine that could be left half loaded; tensors
     are mapped, not read. Every process must call it: each opens a share, and all learn the answer.
     """
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in NOT_LOADED)
+    # Those that were saved: half a universal copy, of an attempt that was killed while it made one, is no damage.
+    saved = sorted(read_json(checkpoint / MANIFEST)["files"])
+    files = [path for path in map(checkpoint.joinpath, saved) if path.name not in NOT_LOADED]
     found = None
     for path in files[ranks.rank :: ranks.size]:
         try:

@@ -16,6 +16,7 @@ from sft_dist import stages
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
+from sft_dist.train import universal
 from sft_dist.train.checkpoint import MANIFEST, SET_ASIDE, damage, list_checkpoints, write_manifest
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.resume import unreadable
@@ -83,6 +84,18 @@ def test_each_file_that_is_loaded_is_opened_before(
     write_manifest(folder, 4, {})
     assert damage(folder) is None, "the manifest vouches for what was written"
     assert str(unreadable(folder, Ranks())).startswith(f"{name} cannot be loaded: ")
+
+
+def test_half_a_universal_copy_is_no_reason_to_set_a_whole_checkpoint_aside(whole: RunDir, tmp_path: Path) -> None:
+    """A process that was killed while it cut the shards anew leaves one; the next attempt makes another."""
+    folder = Path(shutil.copytree(whole.checkpoints / "checkpoint-4", tmp_path / "checkpoint-4"))
+    for name in (universal.PARTIAL, universal.UNIVERSAL):
+        part = folder / name / "zero" / "model.norm.weight" / "fp32.pt"
+        part.parent.mkdir(parents=True)
+        torch.save({"param": torch.ones(64)}, part)
+        half(part)
+    assert damage(folder) is None
+    assert unreadable(folder, Ranks()) is None
 
 
 def test_a_run_goes_on_from_the_one_before_with_the_same_losses(

@@ -254,3 +254,11 @@ def test_rows_that_cannot_be_written_wait(
     rows.append({"n": 7})
     assert [row["n"] for row in files.read_jsonl(tmp_path / "rows.jsonl")] == [1, 4, 5, 6, 7]
     assert rows.flush() == 2
+    # What was given up before takes no room from what waits next.
+    full[0] = True
+    for number in range(8, 13):
+        rows.append({"n": number})
+    assert (rows.flush(), rows.lost) == (7, 4)
+    full[0] = False
+    rows.append({"n": 13})
+    assert [row["n"] for row in files.read_jsonl(tmp_path / "rows.jsonl")] == [1, 4, 5, 6, 7, 10, 11, 12, 13]
