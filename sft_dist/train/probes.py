@@ -1,18 +1,24 @@
-"""A few rows that the trained model is asked, and the published one after it."""
+"""What the trained model is compared on: a few rows that it is asked, and sums over parameters that no process holds whole."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from sft_dist.train.adapter import RECOMPUTING
 
 if TYPE_CHECKING:
     import torch
 
     from sft_dist.parallel.resolve import Resolved
+    from sft_dist.train.ranks import Ranks
     from sft_dist.train.trainer import Trainer
 
 # Rows that trained and published model are compared on, tokens of each at most, positions of each, words of the vocabulary.
 ROWS, LONGEST, POSITIONS, COLUMNS = 4, 256, 8, 64
+# Values of a parameter that are summed at a time, in 8 bytes each.
+AT_ONCE = 1 << 21
 
 
 def trained_logits(trainer: Trainer, resolved: Resolved) -> dict[str, Any] | None:
@@ -69,3 +75,61 @@ def _probes(data: Any, eos: int) -> list[list[int]]:
         ends = [place for place, label in enumerate(labels) if label == eos and place > 0]
         rows.append(ids[: ends[0] + 1 if ends else LONGEST][-LONGEST:])
     return [row for row in rows if len(row) > 1][:ROWS]
+
+
+def sums_of_shares(model: Any, dtype: str, device: Any, ranks: Ranks) -> dict[str, int]:
+    """`sum_of_bits` of each trained parameter that ZeRO-3 or FSDP2 has shared out, whole and in `dtype`, by its name.
+
+    Every process must call it; each reads its own share, and nothing is gathered but the sums.
+    """
+    import torch
+
+    mine: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        share = _own_share(weight) if weight.requires_grad or not hasattr(model, "peft_config") else None
+        if share is not None:
+            values = share[0].to(getattr(torch, dtype)) if share[0].is_floating_point() else share[0]
+            mine[name.replace(RECOMPUTING, "")] = sum_of_bits(values, device, share[1])
+    everyones = ranks.everyones(mine)
+    return {name: sum(sums[name] for sums in everyones) % 2**64 for name in mine if all(name in it for it in everyones)}
+
+
+def sum_of_bits(values: torch.Tensor, device: Any, start: int = 0) -> int:
+    """What tells one tensor from another, modulo 2^64: the sum of each value's bits times its place, counted from `start`.
+
+    Those of a tensor's parts add up to that of the tensor.
+    """
+    import torch
+
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for part in torch.split(values.detach().reshape(-1), AT_ONCE):
+        here = part.to(device)
+        if here.is_floating_point():  # what is next to zero some conversions round to zero
+            here = torch.where(here.abs() < torch.finfo(here.dtype).tiny, 0, here)
+        places = torch.arange(start + 1, start + 1 + len(here), device=device)
+        total += int((here.view(kinds[here.element_size()]) * places).sum())
+        start += len(here)
+    return total % 2**64
+
+
+def _own_share(weight: Any) -> tuple[torch.Tensor, int] | None:
+    """This process's values of a parameter and where they begin in it; none where others hold the same ones.
+
+    None for a parameter that is whole, and for one that stands on NVMe.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if hasattr(weight, "ds_tensor"):
+        share: torch.Tensor = weight.ds_tensor.detach().reshape(-1)
+        start = weight.ds_tensor.ds_numel * weight.ds_zero_partition_rank
+        left = max(0, weight.ds_numel - start)  # behind it the last share is filled up
+        return (share[:left], start) if len(share) == weight.ds_tensor.ds_numel else None
+    if not isinstance(weight, DTensor):
+        return None
+    mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
+    local = weight.to_local().detach()
+    _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+    copies = [place for place, it in zip(coordinate or (), weight.placements, strict=True) if it.is_replicate()]
+    return local[: 0 if any(copies) else None].reshape(-1), offset[0] * math.prod(weight.shape[1:])

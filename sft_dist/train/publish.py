@@ -21,7 +21,7 @@ from sft_dist.rundir import RunDir
 from sft_dist.train.adapter import RECOMPUTING, adapter_weights, save_adapter
 from sft_dist.train.environment import versions
 from sft_dist.train.merging import merged
-from sft_dist.train.probes import trained_logits
+from sft_dist.train.probes import sum_of_bits, sums_of_shares, trained_logits
 from sft_dist.train.tokenizer import tokenizer_facts
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ def publish_model(
     full = config.checkpoint.verify_export == "full"
     logits = trained_logits(trainer, resolved) if full else None
     weights = whole_weights(trainer, model) if lora is None else adapter_weights(trainer, model, resolved.dtype)
+    shared = sums_of_shares(model, resolved.dtype, trainer.accelerator.device, ranks)
     if ranks.is_main:
-        lost = lost_in_gathering(trainer, model, weights)
+        lost = lost_in_gathering(trainer, model, weights, shared)
         if lost:
             raise CheckpointError(f"the final model is not published: gathering it lost what was trained: {lost}")
         if run.model.exists():  # without DONE it does not count; the caller has looked
@@ -156,32 +157,41 @@ def as_stored(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[
     return stored
 
 
-def lost_in_gathering(trainer: Trainer, model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> str | None:
+def lost_in_gathering(
+    trainer: Trainer, model: PreTrainedModel, weights: Mapping[str, torch.Tensor], shared: Mapping[str, int]
+) -> str | None:
     """A trained parameter that `weights`, what is to be saved, lacks or has with other values; None if there is none.
 
     The hashes on record are those of `weights`, so that nothing later could tell. Under ZeRO-3 and FSDP2 no process holds
-    whole parameters: there the names are compared, and the logits tell.
+    whole parameters: there their sums are compared, which `shared` has.
     """
     import torch
 
     deepspeed = trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_partition_weights()
     whole, adapted = not (deepspeed or trainer.is_fsdp_enabled), hasattr(model, "peft_config")
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    device, tied = trainer.accelerator.device, getattr(model, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
     live: dict[int, torch.Tensor] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if weight.requires_grad or not adapted:
             live[id(weight)] = weight.detach()
             names.setdefault(id(weight), []).append(name.replace(RECOMPUTING, ""))
-    kept = {facts["hash"] for facts in expectations(weights).values()} if adapted and whole else set()
+    # PEFT's file has names of its own.
+    kept: set[object] = {sum_of_bits(it, device) for it in weights.values()} if adapted and shared else set()
+    kept |= {facts["hash"] for facts in expectations(weights).values()} if adapted and whole else set()
     for key, weight in live.items():
         places = [*names[key], *(tied[name] for name in names[key] if name in tied)]
         saved = next((weights[name] for name in places if name in weights), None)
-        if adapted:  # PEFT's file has names of its own
-            it = {"": weight.to(next(iter(weights.values())).dtype)} if whole else {}
+        its_sum = next((shared[name] for name in places if name in shared), None)
+        if adapted and whole:
+            it = {"": weight.to(next(iter(weights.values())).dtype)}
             same = all(facts["hash"] in kept for facts in expectations(it).values())
+        elif adapted:
+            same = its_sum is None or its_sum in kept
+        elif whole:
+            same = saved is not None and torch.equal(saved, weight.to(saved.device, saved.dtype))
         else:
-            same = saved is not None and (not whole or torch.equal(saved, weight.to(saved.device, saved.dtype)))
+            same = saved is not None and its_sum in (None, sum_of_bits(saved, device))
         if not same:
             return names[key][0]
     return None
