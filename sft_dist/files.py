@@ -166,26 +166,42 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def told_by(output: str) -> dict[str, Any]:
+    """The last JSON object that a process printed on a line of its own; {} if it ended before it printed one.
+
+    Libraries and a model's own code print, too.
+    """
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return {}
+
+
 @contextlib.contextmanager
 def publish_dir(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it becomes `target` by one rename when the block ends without error.
 
     If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped. Its files are
-    readable to whom the umask says: safetensors 0.8 writes for the owner alone.
+    on the disk before they bear its name, and readable to whom the umask says: safetensors 0.8 writes for the owner alone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as name:
         staged = Path(name) / "staged"
         staged.mkdir()
         yield staged
-        for path in staged.rglob("*"):
+        for path in (*staged.rglob("*"), staged):
             if path.is_file() and not path.is_symlink():
                 path.chmod(path.stat().st_mode & 0o777 | 0o666 & ~_umask())
+            if not path.is_symlink():
+                sync_path(path)
         try:
             staged.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
+        sync_path(target.parent)
 
 
 def _umask() -> int:

@@ -31,7 +31,7 @@ from sft_dist.data.sources import bad_rows, opened
 from sft_dist.data.template import ChatTemplate
 from sft_dist.data.workers import made
 from sft_dist.errors import DataError
-from sft_dist.files import publish_dir, sync_path, write_json
+from sft_dist.files import publish_dir, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,6 @@ def _make(
     with publish_dir(target) as staged:
         ledger: dict[str, Any] = {"template": template.origin, **_assemble(config, shards, staged)}
         write_json(staged / LEDGER, ledger)
-    sync_path(target.parent)
 
 
 def _shards(

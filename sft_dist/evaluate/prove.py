@@ -19,7 +19,7 @@ from sft_dist.errors import CheckpointError, SftDistError, exit_status
 from sft_dist.evaluate.against_base import Base, base_tensors, shape_problems, zero_problems
 from sft_dist.evaluate.tensor_files import Tensor, read_tensors, strays
 from sft_dist.export import ADAPTER, PROOF, file_hash
-from sft_dist.files import read_json, utc_now
+from sft_dist.files import read_json, told_by, utc_now
 from sft_dist.logs import log_to_stderr
 from sft_dist.process import begin
 from sft_dist.rundir import RunDir
@@ -138,8 +138,8 @@ def proven(folder: Path) -> dict[str, Any]:
     """What a fresh process says of the model in `folder`; `problem` is what is wrong with it, None if nothing is."""
     command = [sys.executable, "-m", "sft_dist.evaluate.prove", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    told = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
-    if done.returncode == 0:
+    told = told_by(done.stdout)
+    if done.returncode == 0 and "checked" in told:
         return {"problem": None, **told}
     return {"problem": told.get("message") or f"the process that read it ended with status {done.returncode}"}
 

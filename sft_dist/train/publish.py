@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError
 from sft_dist.export import ADAPTER, PROOF, file_hash, is_local, write_card
-from sft_dist.files import publish_dir, read_json, utc_now, write_json
+from sft_dist.files import publish_dir, read_json, told_by, utc_now, write_json
 from sft_dist.parallel.world import unlaunched
 from sft_dist.rundir import RunDir
 from sft_dist.train.adapter import RECOMPUTING, adapter_weights, save_adapter
@@ -61,8 +60,7 @@ def publish_model(
         lost = lost_in_gathering(trainer, model, weights, shared)
         if lost:
             raise CheckpointError(f"the final model is not published: gathering it lost what was trained: {lost}")
-        if run.model.exists():  # without DONE it does not count; the caller has looked
-            shutil.rmtree(run.model)
+        make_way(run)
         with publish_dir(run.model) as staged:
             expected: dict[str, Any] = {}
             if lora is not None:
@@ -85,6 +83,14 @@ def publish_model(
             write_card(run, config, versions(), staged)
             (staged / "DONE").write_text(utc_now() + "\n", encoding="utf-8")
     ranks.barrier()
+
+
+def make_way(run: RunDir) -> None:
+    """Remove what earlier attempts have left: a model without DONE, and copies of those that were killed while they published."""
+    if run.model.exists():  # the caller has looked for DONE
+        shutil.rmtree(run.model)
+    for left in run.path.glob(f".{run.model.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _compare(
@@ -225,12 +231,12 @@ def _prove(run: RunDir, staged: Path) -> dict[str, Any]:
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=False, start_new_session=True
     )
-    told = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
+    told = told_by(done.stdout)
     if done.returncode == 0 and "checked" in told:
         return told
     refused = run.path / "model-refused"
     shutil.rmtree(refused, ignore_errors=True)
-    shutil.copytree(staged, refused, copy_function=os.link)
+    staged.rename(refused)
     hint = f"what was written is in {refused}, to be looked at"
     if "message" not in told:
         hint += f" again: {Path(sys.executable).name} -m sft_dist.evaluate.prove {refused}"

@@ -7,7 +7,6 @@ is written by the main one.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, DataError, PreflightError, RunStopped, SftDistError
-from sft_dist.files import write_json
+from sft_dist.files import told_by, write_json
 from sft_dist.parallel.machine import this_machine
 from sft_dist.parallel.resolve import Resolved, with_rows
 from sft_dist.parallel.world import unlaunched
@@ -201,10 +200,7 @@ def _prepare_elsewhere(run: RunDir) -> None:
     command = [sys.executable, "-m", "sft_dist.data_here", str(run.config)]
     done = subprocess.run(command, env=unlaunched(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        lines = done.stdout.splitlines()
-        told = (
-            json.loads(lines[-1]) if lines else {"message": f"preparing the rows ended with status {done.returncode}"}
-        )
+        told = {"message": f"preparing the rows ended with status {done.returncode}", **told_by(done.stdout)}
         kinds = {kind.exit_code: kind for kind in (SftDistError, ConfigError, PreflightError, DataError)}
         error = kinds.get(done.returncode, SftDistError)(told["message"], hint=told.get("hint"))
         error.kind = told.get("kind", error.kind)

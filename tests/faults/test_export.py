@@ -493,13 +493,17 @@ def test_a_model_that_is_not_what_was_trained_is_never_done_and_is_kept_aside(
     assert run.read_status()["state"] == "failed"
 
 
+@pytest.mark.parametrize("printed", ["", "echo loading"], ids=["silent", "after a library has printed"])
 def test_a_process_that_dies_with_its_verdict_leaves_the_model_to_be_looked_at_again(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, printed: str
 ) -> None:
     from sft_dist.train import publish
 
-    run = RunDir(tmp_path / "run")
-    monkeypatch.setattr(publish.sys, "executable", "/bin/false")
+    run = RunDir(tmp_path)
+    dying = tmp_path / "python"
+    dying.write_text(f"#!/bin/sh\n{printed}\nexit 1\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(publish.sys, "executable", str(dying))
     with pytest.raises(CheckpointError, match="ended with status 1 and no verdict") as refused:
         publish._prove(run, model)
     assert f"-m sft_dist.evaluate.prove {run.path / 'model-refused'}" in str(refused.value)

@@ -17,6 +17,7 @@ from sft_dist.files import (
     publish_dir,
     read_json,
     read_jsonl,
+    told_by,
     utc_now,
     write_bytes,
     write_json,
@@ -225,6 +226,40 @@ def test_the_time_is_utc_to_the_second() -> None:
     text = utc_now()
     assert text.endswith("+00:00")
     assert "." not in text
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ('loading\n{"checked": "now"}\n', {"checked": "now"}),
+        ('{"checked": "now"}\nPolitely closing 3 workers\n', {"checked": "now"}),
+        ("loading\n7\n", {}),
+        ('{"checked": ', {}),
+        ("", {}),
+    ],
+    ids=["after other lines", "before other lines", "killed after other lines", "torn", "nothing"],
+)
+def test_what_a_process_told_is_found_among_what_libraries_print(output: str, told: dict[str, str]) -> None:
+    assert told_by(output) == told
+
+
+def test_a_folder_is_on_the_disk_before_it_bears_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that fails later leaves a model that was proven, and no empty files under its name."""
+    synced: set[str] = set()
+    target, real = tmp_path / "model", os.fsync
+
+    def sync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        assert target.is_dir() == (path == tmp_path), "files before, the name after"
+        synced.add(path.name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with publish_dir(target) as staged:
+        (staged / "adapter").mkdir()
+        (staged / "adapter" / "weights").write_bytes(b"1")
+        (staged / "DONE").write_bytes(b"2")
+    assert synced == {"weights", "adapter", "DONE", "staged", tmp_path.name}
 
 
 def test_rows_that_cannot_be_written_wait(
