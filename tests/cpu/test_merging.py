@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sft_dist.config.schema import ModelConfig
 from sft_dist.evaluate.merged import _difference
+from sft_dist.train import merging
 from sft_dist.train.merging import rounded
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -48,3 +51,30 @@ def test_small_changes_must_be_there(rounding: Callable[[torch.Tensor], torch.Te
     problem = _difference(NAME, rounding(BASE.float() + change), BASE, adapter, shares)
     assert (problem is None) if said is None else (problem is not None and said in problem)
     assert len(shares) == 1
+
+
+def test_a_merge_computes_on_every_core_and_leaves_the_process_its_own_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside a GPU a process has one thread, and merging is all that there is to do."""
+    seen: list[int] = []
+
+    class Adapted:
+        def merge_and_unload(self) -> str:
+            seen.append(torch.get_num_threads())
+            return "whole"
+
+    monkeypatch.setattr(merging, "with_adapter", lambda base, folder: Adapted())
+    monkeypatch.setattr(merging, "_merge_layers", lambda adapted: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("sft_dist.train.model.load_model", lambda *_, **__: None)
+    # As on a machine of seven cores, whatever this one has.
+    monkeypatch.setattr(merging.os, "sched_getaffinity", lambda pid: set(range(7)))
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        spec: Any = ModelConfig(name="embedded:tiny")
+        assert merging.merged(spec, tokens=None, folder=tmp_path, dtype="bfloat16") == "whole"  # type: ignore[arg-type]
+        assert seen == [7, 7]
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(was)

@@ -66,6 +66,25 @@ def test_a_permutation_test_of_many_rows_comes_near_to_the_normal_one() -> None:
     assert found == paired_test(means(list(before)), means(list(after)), mean)[1]
 
 
+def test_swaps_that_come_to_the_same_change_count_in_whatever_order_they_are_summed() -> None:
+    """Tenths are not exact in binary: sums of the same rows differ in their last bits, and whole numbers do not."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        before, after = rng.integers(0, 10, size=(2, 9)) * 1.0
+        whole = paired_test(means([*before]), means([*after]), mean)[1]
+        assert paired_test(means([*(before / 10)]), means([*(after / 10)]), mean)[1] == whole
+
+
+def test_no_change_is_impossible_by_chance() -> None:
+    rows = 10 * ALL_SWAPS
+    assert paired_test(means([0.25] * rows), means([0.75] * rows), mean) == ("permutation", pytest.approx(1 / 5001))
+
+
+def test_rows_that_count_otherwise_than_once_are_not_tested_by_mcnemar() -> None:
+    one, other = np.array([[1.0, 1], [0, 0], [0, 1]]), np.array([[0.0, 1], [0, 0], [0, 1]])
+    assert paired_test(one, other, mean)[0] == "permutation"
+
+
 def test_without_a_change_nothing_is_significant() -> None:
     rows = means([0.1, 0.2, 0.9, 0.4])
     assert paired_test(rows, rows, mean) == ("permutation", 1.0)
