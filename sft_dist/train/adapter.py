@@ -185,6 +185,11 @@ def adapter_weights(trainer: Trainer, model: PeftModel, dtype: str) -> dict[str,
     return {name: weight.detach().to(getattr(torch, dtype)) for name, weight in weights.items()}
 
 
+def name_in_adapter(name: str) -> str:
+    """What PEFT calls a trained parameter in the adapter's file: without the adapter's own name, and the wrapper's."""
+    return f"{name}.".replace(".default.", ".").replace(".modules_to_save.", ".").removesuffix(".")
+
+
 def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter in PEFT's format: `weights` by PEFT's names, or those of `model`.
 

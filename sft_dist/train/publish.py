@@ -17,7 +17,7 @@ from sft_dist.export import ADAPTER, PROOF, file_hash, is_local, write_card
 from sft_dist.files import publish_dir, read_json, told_by, utc_now, write_json
 from sft_dist.parallel.world import unlaunched
 from sft_dist.rundir import RunDir
-from sft_dist.train.adapter import RECOMPUTING, adapter_weights, save_adapter
+from sft_dist.train.adapter import RECOMPUTING, adapter_weights, name_in_adapter, save_adapter
 from sft_dist.train.environment import versions
 from sft_dist.train.merging import merged
 from sft_dist.train.probes import sum_of_bits, sums_of_shares, trained_logits
@@ -182,24 +182,20 @@ def lost_in_gathering(
         if weight.requires_grad or not adapted:
             live[id(weight)] = weight.detach()
             names.setdefault(id(weight), []).append(name.replace(RECOMPUTING, ""))
-    # PEFT's file has names of its own.
-    kept: set[object] = {sum_of_bits(it, device) for it in weights.values()} if adapted and shared else set()
-    kept |= {facts["hash"] for facts in expectations(weights).values()} if adapted and whole else set()
     for key, weight in live.items():
-        places = [*names[key], *(tied[name] for name in names[key] if name in tied)]
-        saved = next((weights[name] for name in places if name in weights), None)
-        its_sum = next((shared[name] for name in places if name in shared), None)
-        if adapted and whole:
-            it = {"": weight.to(next(iter(weights.values())).dtype)}
-            same = all(facts["hash"] in kept for facts in expectations(it).values())
-        elif adapted:
-            same = its_sum is None or its_sum in kept
-        elif whole:
-            same = saved is not None and torch.equal(saved, weight.to(saved.device, saved.dtype))
-        else:
-            same = saved is not None and its_sum in (None, sum_of_bits(saved, device))
-        if not same:
-            return names[key][0]
+        own = names[key]
+        places = [*own, *(tied[name] for name in own if name in tied), *map(name_in_adapter, own)]
+        its_sum = next((shared[name] for name in own if name in shared), None)
+
+        def is_it(saved: torch.Tensor, weight: torch.Tensor = weight, its_sum: int | None = its_sum) -> bool:
+            if not whole:
+                return its_sum in (None, sum_of_bits(saved, device))
+            return torch.equal(saved, weight.to(saved.device, saved.dtype))
+
+        found = [weights[name] for name in places if name in weights][:1]
+        # What PEFT has named otherwise must be there under some name.
+        if not any(map(is_it, found or (weights.values() if adapted else ()))):
+            return own[0]
     return None
 
 

@@ -429,9 +429,22 @@ def without(name: str) -> Callable[..., Any]:
     return lambda real: lambda *words: {each: it for each, it in real(*words).items() if not each.endswith(name)}
 
 
+def layers_swapped(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Every value is there, each in the place of another."""
+
+    def gather(*words: Any) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = real(*words)
+        one, other = (f"layers.{number}.mlp.down_proj." for number in (0, 1))
+        return {name: found[name.replace(one, other) if one in name else name.replace(other, one)] for name in found}
+
+    return gather
+
+
 @pytest.mark.parametrize(
     ("function", "harm", "overrides"),
     [
+        ("whole_weights", layers_swapped, ()),
+        ("adapter_weights", layers_swapped, ("model.lora={r: 4}",)),
         ("whole_weights", zeroed("layers.1.mlp.down_proj.weight"), ()),
         ("whole_weights", without("layers.1.mlp.down_proj.weight"), ()),
         ("adapter_weights", zeroed("layers.1.mlp.down_proj.lora_A.weight"), ("model.lora={r: 4}",)),
@@ -444,7 +457,7 @@ def test_a_tensor_that_is_lost_in_gathering_is_caught(
     from sft_dist.train import publish
 
     monkeypatch.setattr(publish, function, harm(getattr(publish, function)))
-    with pytest.raises(CheckpointError, match=r"gathering it lost what was trained.*layers\.1\.mlp\.down_proj"):
+    with pytest.raises(CheckpointError, match=r"gathering it lost what was trained.*layers\.[01]\.mlp\.down_proj"):
         trained(tmp_path, "model.dtype=bfloat16", "checkpoint.verify_export=files", *overrides)
     assert not RunDir(tmp_path / "smoke").model.exists()
 
