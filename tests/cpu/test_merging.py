@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,12 @@ def test_a_merge_computes_on_every_core_and_leaves_the_process_its_own_number(
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(was)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    """A NaN whose bits are all set would become 0 by adding to them, and one of the lowest bit alone infinite."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7F800000, -0x800000], dtype=torch.int32).repeat(64)
+    found = rounded(bits.view(torch.float32), NAME)
+    wanted = torch.tensor([math.nan, math.nan, math.nan, math.inf, -math.inf]).repeat(64)
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found[~found.isnan()].float(), wanted[~wanted.isnan()])
