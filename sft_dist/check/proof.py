@@ -33,6 +33,7 @@ def proving(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool) -
     from sft_dist.evaluate.held_out import held_out_rows
     from sft_dist.train.adapter import prove_adapter
     from sft_dist.train.arguments import sft_config
+    from sft_dist.train.loadable import prove_loadable
     from sft_dist.train.model import fetch_model, find_model
     from sft_dist.train.pretrained import cache_root
     from sft_dist.train.tokenizer import load_tokenizer
@@ -42,6 +43,8 @@ def proving(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool) -
     check_heads(config)  # resolve() has asked already where the model's config.json was here by then
     if for_job:
         fetch_model(config.model)
+    else:  # nodes have other GPUs and packages than the machine that submits
+        prove_loadable(config.model, resolved)
     prove_adapter(config.model, tokens, resolved.plan)
     yield Finding("model", "ok", f"{config.model.name}: tokenizer and weights are {'here' if for_job else 'to be had'}")
     prepared = prepare(config, tokens.tokenizer, tokens.template, cache_root())

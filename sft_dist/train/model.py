@@ -108,6 +108,10 @@ def load_model(
             loaded = _read_by_main(ranks, read, lambda: _without_weights(source, common, settings))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise missing_model(model, source, "model", error) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise missing_model(model, source, "model", error) from None
     work_from_cache()  # rows and tokenizer are here already; what asks for the base again, a merge, finds it
     empty = loaded.get_input_embeddings().weight.is_meta
     grow_embeddings(loaded, tokens)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import ModelConfig
@@ -167,8 +168,19 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def missing_model(model: ModelConfig, source: str, what: str, error: Exception) -> PreflightError:
     """The error for a model or tokenizer that cannot be loaded, with the library's reason in one line."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "backend tokenizer" in reason:  # the first line of a list of ways to have one, none of which names a file
+        reason = "no tokenizer.json in it"
+    if "ignore_mismatched_sizes" in reason:  # transformers points to a table that it has logged
+        reason = "its weights have other shapes than its config.json says"
     if "trust_remote_code" in str(error):
         hint = "the model brings its own Python code: set model.trust_remote_code=true if you trust its authors"
+    elif Path(source).is_dir():
+        hint = (
+            "a local model is a directory with config.json, tokenizer.json and *.safetensors, all of one model: copy or "
+            "save them there again"
+        )
+        if what == "tokenizer":
+            hint += ", or set model.tokenizer to a Hub id or a directory that has the tokenizer"
     else:
         hint = (
             "check the spelling; a local model is a directory with config.json, tokenizer.json and *.safetensors. A Hub "

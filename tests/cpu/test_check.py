@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,3 +77,65 @@ def test_a_job_is_proven_for_the_gpus_of_its_nodes(
     assert "the optimizer keeps float32 master weights" in said
     assert "tokenizer and weights are here" in said
     assert "ok       training:" in said, "this machine has no such GPU, and need not"
+
+
+def damaged(model: Path, folder: Path, break_it: Callable[[Path], Any]) -> str:
+    """A copy of the model with something done to it, as an override."""
+    shutil.copytree(model, folder)
+    break_it(folder)
+    return f"model.name={folder}"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ["no tokenizer.json in it", "set model.tokenizer"]),
+        (
+            lambda f: os.truncate(f / "model.safetensors", 3000),
+            ["model.safetensors: ", "copy or save them there again"],
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+            ["model-2.safetensors is not there"],
+        ),
+    ],
+)
+def test_a_model_whose_files_no_run_could_load(
+    break_it: Callable[[Path], Any],
+    words: list[str],
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    call_cli: CallCli,
+    capsys: Any,
+) -> None:
+    name = damaged(tiny_model_dir, tmp_path / "model", break_it)
+    assert call_cli("train", "smoke", f"run.dir={tmp_path / 'runs'}", name) == 3
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs").exists(), "no run is left of it"
+
+
+def test_weights_of_other_shapes_than_the_config_says(
+    tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    def other_shapes(folder: Path) -> None:
+        told = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**told, "intermediate_size": 96}))
+
+    name = damaged(tiny_model_dir, tmp_path / "model", other_shapes)
+    assert call_cli("train", "smoke", f"run.dir={tmp_path / 'runs'}", name) == 3
+    assert "other shapes than its config.json says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("attention", "status"), [("flash", 3), ("flash_attention_2", 3), ("eager", 0), ("sft_dist_varlen", 0)]
+)
+def test_an_attention_that_the_model_cannot_have_here(
+    attention: str, status: int, tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    fields = [f"run.dir={tmp_path / 'runs'}", f"model.attn_implementation={attention}"]
+    assert call_cli("check", "smoke", *fields) == status
+    if status:
+        said = capsys.readouterr().err
+        assert f"error: model.attn_implementation is '{attention}'" in said and "set auto, sdpa or eager" in said
