@@ -220,6 +220,13 @@ class SavingTrainer(WatchedTrainer):
         with self.saves.save(self.state.global_step) if self.saves is not None else contextlib.nullcontext():
             super()._save_checkpoint(model, trial)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, if no step is left: transformers 5.23 looks after a step only, and a resume would train one too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers', but replicated states come through host memory, mapped from the file: one copy for a node.
 

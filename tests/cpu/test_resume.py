@@ -346,6 +346,19 @@ def test_a_signal_during_the_last_step_stops_before_the_tuned_model_is_asked(
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1)), "the resume trained again"
 
 
+@pytest.mark.parametrize("length", ["train.max_steps=5", "train.num_train_epochs=1.5"])
+def test_a_run_whose_last_step_is_done_trains_no_more(new_run: NewRun, call_cli: CallCli, length: str) -> None:
+    """As one that was killed, or had no room, while its model was published; the last step ends no epoch."""
+    run = new_run(*SMALL, length, "train.lr_scheduler_type=constant", "checkpoint.save_strategy=epoch")
+    run_here(run)
+    before, trained = losses(run), load_file(run.model / "model.safetensors")
+    shutil.rmtree(run.model)
+    assert call_cli("resume", run.path) == 0
+    assert losses(run) == before
+    published = load_file(run.model / "model.safetensors")
+    assert all(torch.equal(published[name], tensor) for name, tensor in trained.items())
+
+
 # --- damaged checkpoints, changed data -------------------------------------------------------------------------------
 
 
