@@ -73,8 +73,9 @@ def prove(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool = Fa
 
     What check.proof.proving does and raises, without its words.
     """
-    from sft_dist.check.proof import proving
+    from sft_dist.check.proof import proving, refuse_place
 
+    refuse_place(run)
     # DeepSpeed speaks on stdout while it loads, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
         steps = proving(config, run, resolved, for_job=for_job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,18 @@ def _sets(config: Config, held_out: HeldOut) -> str:
     return ", ".join(parts) or "nothing is asked"
 
 
+def refuse_place(run: RunDir) -> None:
+    """Raise PreflightError if the run's folder cannot be made where it would lie."""
+    place = next(it for it in (run.path, *run.path.parents) if it.exists())
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return
+    why = "cannot be written to" if place.is_dir() else "is a file, not a folder"
+    raise PreflightError(
+        f"the run would lie in {run.path}, but {place} {why}",
+        hint="choose another run.dir (or SFT_DIST_RUNS)",
+    )
+
+
 def preflight(config: Config, *, for_job: bool) -> Iterator[Finding]:
     """Every finding about a run of this config, here or in a job of SLURM. Raises SftDistError for the first problem."""
     from sft_dist.jobs.container_probe import prove_container
@@ -90,6 +103,7 @@ def preflight(config: Config, *, for_job: bool) -> Iterator[Finding]:
     for line in [*([note] if note else []), *resolved.decisions]:
         yield Finding("plan", "ok", line)
     run = RunDir(runs_root(config.run.dir) / str(config.run.name))
+    refuse_place(run)
     if run.path.exists():
         yield Finding("run", "note", f"{run.path} is there already", "another run.name, or --overwrite")
     else:

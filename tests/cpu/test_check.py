@@ -139,3 +139,17 @@ def test_an_attention_that_the_model_cannot_have_here(
     if status:
         said = capsys.readouterr().err
         assert f"error: model.attn_implementation is '{attention}'" in said and "set auto, sdpa or eager" in said
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_place_where_no_run_can_be(
+    command: str, tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert call_cli(command, "smoke", f"run.dir={tmp_path / 'file'}") == 3
+    assert f"{tmp_path / 'file'} is a file, not a folder" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # the tests may run as root
+    assert call_cli(command, "smoke", f"run.dir={tmp_path / 'runs'}") == 3
+    captured = capsys.readouterr()
+    assert f"{tmp_path} cannot be written to\n  choose another run.dir" in captured.err
+    assert "would lie in" not in captured.out
