@@ -230,16 +230,14 @@ def create_run(root: Path, name: str, *, overwrite: bool = False) -> RunDir:
 
 
 def find_run(name_or_path: str) -> RunDir:
-    """The run with this name under the runs root, or at this path.
-
-    Raises SftDistError (exit 2) that lists the runs there are if neither exists.
-    """
+    """The run with this name under the runs root, or at this path. ConfigError that lists the runs there are if none is."""
     for candidate in (Path(name_or_path).expanduser(), runs_root() / name_or_path):
         if RunDir(candidate).config.is_file():
             return RunDir(candidate)
     root = runs_root()
     known = sorted(p.parent.name for p in root.glob("*/config.yaml")) if root.is_dir() else []
-    listed = f"runs in {root}: {', '.join(known[:12])}" if known else f"there are no runs in {root}"
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    listed = f"runs in {root}: {', '.join(known[:12])}{more}" if known else f"there are no runs in {root}"
     raise ConfigError(f"no run named {name_or_path!r}, and no run directory at that path", hint=listed)
 
 

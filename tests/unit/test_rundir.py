@@ -154,6 +154,10 @@ def test_an_unknown_run_is_refused_with_the_runs_that_are_there(tmp_path: Path) 
         find_run("demo")
     assert "runs in runs: a, b" in str(refused.value)
     assert "no-run" not in str(refused.value)
+    for number in range(12):
+        made(tmp_path / "runs", f"c{number}")
+    with pytest.raises(ConfigError, match=r"c7 and 2 more$"):
+        find_run("demo")
 
 
 def test_a_path_is_one_word_in_commands_to_type() -> None:
