@@ -45,6 +45,11 @@ def decide_plan(
             f"parallel.plan is {plan!r}, but no CUDA GPU is visible here",
             hint=f"set parallel.plan=cpu, or run where nvidia-smi lists a GPU (CUDA_VISIBLE_DEVICES may hide it){tried}",
         )
+    if plan == "fsdp2" and config.parallel.offload != "none" and not machine.gpus:  # torch asks for "the accelerator"
+        raise ConfigError(
+            f"parallel.offload is {config.parallel.offload!r}, which plan fsdp2 can only do beside a GPU, and none is visible here",
+            hint="parallel.offload=none tries the plan on the CPU; the zero plans try theirs there as it is",
+        )
     if plan != "auto":
         return plan
     if not machine.gpus:

@@ -258,6 +258,17 @@ def test_fewer_processes_than_gpus_are_possible_and_more_are_not() -> None:
     assert "set it to 2 or less" in (refused.value.hint or "")
 
 
+def test_only_the_zero_plans_offload_where_there_is_no_gpu() -> None:
+    """FSDP2 asks torch for an accelerator then, and says no more than that there is none."""
+    parallel = {"num_processes": 2, "offload": "cpu"}
+    train = {"global_batch_size": 8}
+    assert resolved(LAPTOP, parallel={"plan": "zero3", **parallel}, train=train).layout.offload == "cpu"
+    assert resolved(GPU_NODE, parallel={"plan": "fsdp2", **parallel}, train=train).layout.offload == "cpu"
+    with pytest.raises(ConfigError, match="which plan fsdp2 can only do beside a GPU") as refused:
+        resolved(LAPTOP, parallel={"plan": "fsdp2", **parallel}, train=train)
+    assert "parallel.offload=none" in (refused.value.hint or "")
+
+
 @pytest.mark.parametrize("plan", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_a_sharded_plan_is_tried_on_a_cpu_only_when_the_processes_are_counted(plan: str) -> None:
     """Without a number it is a mistake: somebody forgot that this machine has no GPU."""
