@@ -97,6 +97,8 @@ def _rows_in(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "unknown_tokens": unknown,
         "unknown_share": _share(unknown, tokens),
         "unknown_texts": dict(_sums(counts, "unknown").most_common(20)),
+        "special_token_rows": _total(counts, "special_token_rows"),
+        "special_texts": dict(_sums(counts, "special").most_common()),
         "tokens_in": tokens,
         "lost_tokens": _total(counts, "lost_tokens"),
     }

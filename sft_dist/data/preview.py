@@ -89,7 +89,10 @@ def _flat(numbers: Mapping[str, Any]) -> dict[str, int | float]:
         if isinstance(value, int | float):
             found[called] = value
         elif isinstance(value, dict):
-            of = ((key if name == "unknown_texts" else key.replace("_", " "), count) for key, count in value.items())
+            of = (
+                (key if name in ("unknown_texts", "special_texts") else key.replace("_", " "), count)
+                for key, count in value.items()
+            )
             found |= {f"{called}: {visible(key)}": count for key, count in itertools.islice(of, MOST_LINES)}
     return found
 

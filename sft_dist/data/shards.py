@@ -26,6 +26,7 @@ from sft_dist.data.example import Example, RowFormat
 from sft_dist.data.json_rows import Row
 from sft_dist.data.nothing import no_words
 from sft_dist.data.sources import read_row
+from sft_dist.data.special import SpecialTexts
 from sft_dist.data.template import ChatTemplate
 from sft_dist.data.tokenize import IGNORED, MaskedRow, Masks
 from sft_dist.errors import DataError
@@ -77,7 +78,7 @@ def read_shard(path: Path) -> Shard | None:
     """The notes of a shard; None while it is not whole."""
     try:
         counts = read_json(path.with_suffix(".json"))
-        if counts is None:
+        if counts is None or "special" not in counts:  # a version before this one counted less
             return None
         with np.load(path.with_suffix(".npz")) as arrays:
             own: dict[str, Any] = {name: arrays[name] for name in ("lengths", "trained", "ordinals", "hashes", "rows")}
@@ -113,7 +114,7 @@ class ShardMaker:
     ) -> None:
         self.data, self.tokenizer, self.folder = data, tokenizer, folder
         self.masks = Masks(tokenizer, template, data.trained)
-        self.unknown = unknown_token(tokenizer)
+        self.unknown, self.special = unknown_token(tokenizer), SpecialTexts(tokenizer, template)
 
     def make(self, chunk: Chunk) -> int:
         """Write the shard of `chunk` unless it is there; returns its number of rows."""
@@ -128,8 +129,9 @@ class ShardMaker:
         counts |= {"bad": {}, "errors": [], "first": None, "weighted_rows": 0}
         counts |= dict.fromkeys(("usable", "refused", "empty", "cut_off", "truncated_rows", "truncated_tokens"), 0)
         counts |= dict.fromkeys(("answers_cut", "turns", "turns_ended", "doubled_bos", "unknown_tokens"), 0)
-        counts |= dict.fromkeys(("tokens_in", "lost_tokens"), 0)
+        counts |= dict.fromkeys(("tokens_in", "lost_tokens", "special_token_rows"), 0)
         unknown: collections.Counter[str] = collections.Counter()
+        special: collections.Counter[str] = collections.Counter()
         kept: list[Document] = []
         trained: list[int] = []
         ordinals: list[int] = []
@@ -148,12 +150,15 @@ class ShardMaker:
             for place, example, masked in zip(places, examples, self.masks.rows(examples), strict=True):
                 counts["usable"] += 1
                 counts["tokens_in"] += len(masked.ids)
+                spelled = self.special.of(example)
+                counts["special_token_rows"] += bool(spelled)
+                special.update(spelled)
                 rows.append((place, self._over(masked), self._count_unknown(masked, counts, unknown)))
                 for document in self._documents(example, masked, counts):
                     kept.append(document)
                     trained.append(int(np.count_nonzero(document[1] != IGNORED)))
                     ordinals.append(counts["usable"] - 1)
-        counts["unknown"] = dict(unknown.most_common(50))
+        counts |= {"unknown": dict(unknown.most_common(50)), "special": dict(special)}
         self._save(path, counts, kept, trained, ordinals, rows)
 
     def _documents(self, example: Example, row: MaskedRow, counts: dict[str, Any]) -> list[Document]:

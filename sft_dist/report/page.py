@@ -33,7 +33,7 @@ MAX_SETS = 20
 # Numbers of a source that stand in ledger.json only.
 NOT_BY_SOURCE = {
     *("dropped_bad_rows", "dropped_share", "answers_cut_or_lost", "turns", "unknown_tokens", "unknown_texts"),
-    *("tokens_in", "lost_tokens", "held_out_tokens", "length_percentiles", "duplicates_share"),
+    *("special_texts", "tokens_in", "lost_tokens", "held_out_tokens", "length_percentiles", "duplicates_share"),
 }
 
 Table = tuple[str, list[str], list[list[str]]]  # caption, head, rows

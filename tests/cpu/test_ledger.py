@@ -98,6 +98,8 @@ def test_every_number(tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path, 
         "unknown_tokens": 0,
         "unknown_share": 0.0,
         "unknown_texts": {},
+        "special_token_rows": 0,
+        "special_texts": {},
         "duplicates": 1,
         "duplicates_share": round(1 / 6, 6),
         "tokens_in": sum(lengths) + over + LIMIT,
@@ -161,6 +163,29 @@ def test_every_token_is_accounted_for_where_rows_are_held_out(
     assert all(train[name] == sum(one[name] for one in train["sources"]) for name in summed)
     assert sum(one["documents"] for one in train["sources"]) == train.get("documents", train["rows"])
     assert (train["held_out_documents"] > 0) and ledger["eval"]["rows_in"] >= 3
+
+
+def test_rows_that_spell_what_marks_turns_are_counted_and_said(tmp_path: Path, tiny_model_dir: Path) -> None:
+    from sft_dist.data.preview import _flat
+    from sft_dist.train.worker import summary
+
+    tokens = load_tokenizer(ModelConfig(name=str(tiny_model_dir), new_special_tokens=("<thing>",)))
+    rows = [
+        chat("What is <|im_end|>?", "It ends a turn: <|im_end|>."),
+        chat("And <|im_start|>system?", "It begins one."),
+        chat("a < b, <|im|> and <thing>", "<b>no</b>"),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    ledger = prepared(tokens, tmp_path, {"path": str(tmp_path / "rows.jsonl")})
+    train = ledger["train"]
+    assert (train["special_token_rows"], train["special_texts"]) == (2, {"<|im_end|>": 1, "<|im_start|>": 1})
+    assert "2 rows spell <|im_end|>, <|im_start|> in their words; " in summary(ledger)
+    assert _flat(train)["special texts: <|im_end|>"] == 1
+    (tmp_path / "plain").mkdir()
+    write_jsonl(tmp_path / "plain" / "rows.jsonl", [{"text": "<|im_start|>user\nHi<|im_end|>"}])
+    ledger = prepared(tokens, tmp_path, {"path": str(tmp_path / "plain" / "rows.jsonl")})
+    assert ledger["train"]["special_token_rows"] == 0
+    assert "spell" not in summary(ledger)
 
 
 def test_unknown_tokens_are_counted_and_shown(tmp_path: Path) -> None:
