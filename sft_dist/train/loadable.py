@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sft_dist.config.schema import ModelConfig
 from sft_dist.errors import PreflightError
+from sft_dist.files import read_json
 from sft_dist.train.model import missing_weights
 from sft_dist.train.pretrained import resolve_model
 from sft_dist.train.tokenizer import missing_model
@@ -29,7 +30,11 @@ def _prove_files(model: ModelConfig, folder: Path) -> None:
 
     if missing := missing_weights(folder):
         raise missing_model(model, str(folder), "model", OSError(f"{', '.join(missing[:3])} is not there"))
-    for path in sorted(folder.glob("*.safetensors")):
+    # A folder may hold others, which nobody reads: the same weights in another layout, as a stub that git-lfs left.
+    index = read_json(folder / "model.safetensors.index.json") or {"weight_map": {}}
+    whole = folder / "model.safetensors"
+    names = {whole.name} if whole.is_file() else set(index["weight_map"].values())
+    for path in sorted(map(folder.joinpath, names)):
         try:
             with safe_open(path, framework="numpy"):  # compares the file's length with its header; reads no weights
                 pass

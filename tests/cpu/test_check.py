@@ -116,6 +116,17 @@ def test_a_model_whose_files_no_run_could_load(
     assert not (tmp_path / "runs").exists(), "no run is left of it"
 
 
+def test_a_file_that_no_run_reads_is_none_of_its_business(
+    tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
+) -> None:
+    """Some models come with their weights a second time, which need not be fetched: git-lfs leaves a few words then."""
+    name = damaged(
+        tiny_model_dir, tmp_path / "model", lambda f: (f / "consolidated.safetensors").write_text("version 1")
+    )
+    assert call_cli("check", "smoke", f"run.dir={tmp_path / 'runs'}", name) == 0
+    assert "tokenizer and weights are to be had" in capsys.readouterr().out
+
+
 def test_weights_of_other_shapes_than_the_config_says(
     tmp_path: Path, tiny_model_dir: Path, call_cli: CallCli, capsys: Any
 ) -> None:
