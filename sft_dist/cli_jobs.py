@@ -124,7 +124,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps({**found.facts(), **({"model": model} if model else {})}, indent=2))
     else:
-        typer.echo("\n".join(found.lines()))
+        typer.echo("\n".join(found.lines(over=model is not None)))
     problem = model and model["problem"]
     if model and not as_json and not problem:
         apart = f", logits {model['logits_apart']:.2g} of their spread apart" if "logits_apart" in model else ""

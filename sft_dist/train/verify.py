@@ -51,8 +51,10 @@ class Survey:
         found = [asdict(it) for it in self.found]
         return {"run": self.run, "checkpoints": found, "resumes_from": self.resumes_from}
 
-    def lines(self) -> list[str]:
-        """For the terminal."""
+    def lines(self, *, over: bool) -> list[str]:
+        """For the terminal; `over` once there is a final model, and nothing to resume."""
+        if over:
+            return [it.line() for it in self.found] or ["no checkpoints"]
         goes_on = f"resume takes {self.resumes_from}" if self.resumes_from else "resume begins at step 0"
         return [*(it.line() for it in self.found), goes_on if self.found else f"no checkpoints; {goes_on}"]
 

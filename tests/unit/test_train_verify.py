@@ -120,6 +120,15 @@ def test_a_run_without_checkpoints(run: RunDir, verify: Any) -> None:
     assert verify() == (0, "no checkpoints; resume begins at step 0\n", "")
 
 
+def test_a_run_that_is_over_has_nothing_to_resume(run: RunDir, verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft_dist.evaluate.prove.verdict", lambda _: {"problem": None, "tensor_count": 3})
+    status, out, _ = verify()
+    assert status == 0
+    assert out.startswith("no checkpoints\nmodel: what was trained, 3 tensors")
+    save(run, 5)
+    assert "resume" not in verify()[1]
+
+
 def test_it_imports_nothing_heavy(run: RunDir) -> None:
     import subprocess
 
