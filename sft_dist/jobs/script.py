@@ -118,8 +118,16 @@ def requeue_lines(marker: str, unheard: int = 0) -> list[str]:
         'job=$SLURM_JOB_ID; [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
         'if [ -n "$again" ]; then',
         "  [ -z \"$exclude\" ] || trap '' TERM",
-        # The controller may be restarting.
-        '  for pause in 5 15 40 0; do scontrol requeue "$job" && break; sleep "$pause"; done',
+        # The controller may be restarting. Or SLURM has requeued the job by itself, and it may be at work again elsewhere:
+        # this script is then what a node that went down has left.
+        "  for pause in 5 15 40 0; do",
+        '    scontrol requeue "$job" && break',
+        '    sleep "$pause"',
+        '    case "$(scontrol show job "$job" 2>/dev/null)" in',
+        '    "" | *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;;',
+        "    *) exclude=; break ;;",
+        "    esac",
+        "  done",
         '  [ -z "$exclude" ] || scontrol update JobId="$job" ExcNodeList="$exclude"',
         "fi",
         'exit "$rc"',

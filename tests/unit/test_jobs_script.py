@@ -150,8 +150,20 @@ def test_only_its_own_task_of_an_array_is_requeued(tmp_path: Path, ended: Ended)
 
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path, ended: Ended) -> None:
     (tmp_path / "requeue.7.1").write_text(marker_text(str(tmp_path)))
-    answer = f"[ $(wc -l < '{tmp_path}/asked') = 3 ]"
-    assert ended(tmp_path, 3, answer) == "requeue 7\n" * 3
+    answer = f"[ $(grep -c requeue '{tmp_path}/asked') = 3 ]"
+    assert ended(tmp_path, 3, answer) == "requeue 7\nshow job 7\n" * 2 + "requeue 7\n"
+
+
+@pytest.mark.parametrize(("restarts", "asked"), [(1, 4), (2, 1), (11, 1)])
+def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone(
+    tmp_path: Path, ended: Ended, restarts: int, asked: int
+) -> None:
+    """Its script may outlive the node's daemon, and the job is at work elsewhere when that asks for the second time."""
+    (tmp_path / "requeue.7.1").write_text(marker_text(str(tmp_path), "n2"))
+    answer = f'[ "$1" = show ] && echo "   Requeue=1 Restarts={restarts} BatchFlag=1 Reboot=0"; [ "$1" = update ]'
+    said = ended(tmp_path, 3, answer) or ""
+    assert said.count("requeue 7\n") == asked
+    assert ("update JobId=7" in said) == (restarts == 1)
 
 
 @pytest.mark.parametrize(
