@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sft_dist.files import read_jsonl
+from sft_dist.jobs.launcher import children
 from sft_dist.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -71,15 +72,26 @@ def lose(lab: Any, node: str, run: RunDir) -> None:
     """Node and all that ran on it are gone: its daemon, the job's steps and what they started."""
     daemon = re.search(rf"^slurmd\.{node} +process (\d+)$", lab.manage("status").stdout, re.M)
     assert daemon is not None
-    os.kill(int(daemon[1]), signal.SIGKILL)
     words = [b"slurmstepd", str(run.path).encode()]
+    gone = {int(daemon[1])}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 said = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
                 if words[1] in said or (words[0] in said and str(lab.folder).encode() in said):
-                    os.kill(int(entry.name), signal.SIGKILL)
+                    gone |= {int(entry.name), *descendants(int(entry.name))}
+    # All at once, as a machine goes: the job's script would else see its task end, and ask for a requeue.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in gone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     lab.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for child in children(pid):
+        yield child
+        yield from descendants(child)
 
 
 def losses(run: RunDir) -> list[tuple[Any, ...]]:
