@@ -28,7 +28,7 @@ from sft_dist.rundir import RunDir
 ATTEMPT_HELD = "SFT_DIST_ATTEMPT_HELD"
 # Its process id, for the agent of torchrun.
 LAUNCHER = "SFT_DIST_LAUNCHER"
-# The agent's way to keep no files of its own: else every start leaves empty folders in /tmp, and a full /tmp forbids it.
+# The agent's way to keep no files of its own: else every start leaves empty folders in /tmp.
 NO_FILES = ["--log-dir", os.devnull]
 # How long torchrun's agent lets workers save before it kills them, were it to end them: half a minute is its default.
 PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "PET_SHUTDOWN_TIMEOUT": "600"}

@@ -189,7 +189,7 @@ def lost_in_gathering(
 
         def is_it(saved: torch.Tensor, weight: torch.Tensor = weight, its_sum: int | None = its_sum) -> bool:
             if not whole:
-                return its_sum in (None, sum_of_bits(saved, device))
+                return its_sum is None or its_sum == sum_of_bits(saved, device)
             return torch.equal(saved, weight.to(saved.device, saved.dtype))
 
         found = [weights[name] for name in places if name in weights][:1]
