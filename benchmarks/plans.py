@@ -500,7 +500,7 @@ class Steps:
     def counted(self, warm_up: int, saved_at: int) -> list[int]:
         """Indices of the steps whose time counts: after the warm-up, no save before them, and no profile beside them."""
         last = len(self.ends) - (1 if self._profiler is not None else 0)
-        return [index for index in range(warm_up, last) if self.first + index - 1 != saved_at]
+        return [index for index in range(warm_up, last) if not saved_at or (self.first + index - 1) % saved_at]
 
     def profile(self) -> dict[str, Any]:
         """Of the profiled step, in seconds: the GPU's span, its time with a kernel, communication, and what of that nothing hid."""

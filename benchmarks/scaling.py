@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,8 @@ def visible_gpus() -> int:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         return len([part for part in shown.split(",") if part])
+    if shutil.which("nvidia-smi") is None:
+        return 0
     told = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
     return len(told.stdout.splitlines())
 

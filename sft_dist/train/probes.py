@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 # Rows that trained and published model are compared on, tokens of each at most, positions of each, words of the vocabulary.
 ROWS, LONGEST, POSITIONS, COLUMNS = 4, 256, 8, 64
-# Values of a parameter that are summed at a time, in 8 bytes each: they stay in a cache of a CPU (6 ns a value, 29 with 2^21).
-AT_ONCE = 1 << 18
+# Values of a parameter that are summed at a time, in 8 bytes each: they stay in a cache of a CPU (6 ns a value, 29 with 2^21), and
+# are worth a GPU's kernels.
+AT_ONCE, AT_ONCE_GPU = 1 << 18, 1 << 23
 
 
 def trained_logits(trainer: Trainer, resolved: Resolved) -> dict[str, Any] | None:
@@ -103,7 +104,8 @@ def sum_of_bits(values: torch.Tensor, device: Any, start: int = 0) -> int:
 
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
-    for part in torch.split(values.detach().reshape(-1), AT_ONCE):
+    at_once = AT_ONCE if torch.device(device).type == "cpu" else AT_ONCE_GPU
+    for part in torch.split(values.detach().reshape(-1), at_once):
         here = part.to(device)
         if here.is_floating_point():  # what is next to zero some conversions round to zero
             here = torch.where(here.abs() < torch.finfo(here.dtype).tiny, 0, here)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.serialization import config as serialization
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sft_dist.config.schema import CheckpointConfig
@@ -36,6 +37,9 @@ FOLDERS = {"fsdp2": ("pytorch_model_fsdp_0", "optimizer_0")}
 # How long a save waits for syncing and hashing. What ends the run meanwhile costs the checkpoint: until it counts, the steps since
 # the one before are not safe. Two seconds are 1 % of the time between saves that are 200 s apart, and hash some gigabytes.
 QUICK_S = 2.0
+# torch.save takes as long for the CRC-32 of what it writes as for writing it. torch.load looks at none of them; the manifest has a
+# hash of each file.
+WITHOUT_CRC = {"save.compute_crc32": False}
 
 
 @dataclass
@@ -217,15 +221,9 @@ class SavingTrainer(WatchedTrainer):
     _save_rng_state = noted(WatchedTrainer._save_rng_state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.saves.save(self.state.global_step) if self.saves is not None else contextlib.nullcontext():
+        saving = self.saves.save(self.state.global_step) if self.saves is not None else contextlib.nullcontext()
+        with saving, serialization.patch(WITHOUT_CRC):  # type: ignore[attr-defined]
             super()._save_checkpoint(model, trial)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, if no step is left: transformers 5.23 looks after a step only, and a resume would train one too many."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers', but replicated states come through host memory, mapped from the file: one copy for a node.

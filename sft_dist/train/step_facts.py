@@ -90,6 +90,13 @@ class WatchedTrainer(SFTTrainer):  # type: ignore[misc]
         self.step_facts = StepFacts()
         super().__init__(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, if no step is left: transformers 5.23 looks after a step only, and a resume would train one too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As transformers'; a new step begins, and its loading counts as this process's own time."""
         self.step_facts.loss = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from sft_dist.config.schema import CheckpointConfig
 from sft_dist.files import read_json
@@ -19,6 +21,7 @@ from sft_dist.train import saving
 from sft_dist.train.checkpoint import MANIFEST, damage
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.saving import Saves, SavingTrainer
+from sft_dist.train.step_facts import WatchedTrainer
 
 
 class Meeting:
@@ -190,3 +193,20 @@ def test_replicated_states_come_to_a_gpu_through_host_memory(tmp_path: Path) -> 
     assert len(taken) == 3
     assert {value.device.type for value in taken} == {"cpu"}
     assert any(torch.equal(value, torch.full((8,), 0.1)) for value in taken)
+
+
+def test_torch_writes_no_checksums_that_nothing_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take it as long as writing. Whoever calls torch.save elsewhere has them as before."""
+
+    def crc(path: Path) -> int:
+        torch.save({"states": torch.arange(100.0)}, path)
+        return next(it.CRC for it in zipfile.ZipFile(path).infolist() if it.filename.endswith("data/0"))
+
+    found: list[int] = []
+    monkeypatch.setattr(WatchedTrainer, "_save_checkpoint", lambda *_: found.append(crc(tmp_path / "inside.pt")))
+    trainer = SavingTrainer.__new__(SavingTrainer)
+    trainer.state = TrainerState(global_step=3)
+    trainer._save_checkpoint(None, None)
+    assert found == [0]
+    assert torch.equal(torch.load(tmp_path / "inside.pt", weights_only=True)["states"], torch.arange(100.0))
+    assert crc(tmp_path / "outside.pt") != 0
