@@ -1,4 +1,4 @@
-"""The planner's numbers beside measured ones: benchmarks/results/plans-h200x2.json and scaling-h200x4.json."""
+"""The planner's numbers beside measured ones: benchmarks/results/plans-h200x2.json, scaling-h200x2.json and -h200x4.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sft_dist.parallel.weights import weights_of
 
 # In a checkout only: benchmarks are no part of the package.
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-FILES = ("plans-h200x2.json", "scaling-h200x4.json")
+FILES = ("plans-h200x2.json", "scaling-h200x2.json", "scaling-h200x4.json")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 - Where more than a few hundred tokens are in a micro batch the peaks are within 4 %. With micro batches of some hundred
   tokens, half of them trained, 10 % too much is predicted: the head is counted for all.
 - Speeds are within 16 %, most of them too high: in the measured runs every step was logged, which makes the host wait for the
-  GPU; a run logs every tenth. Of `single` about 30 ms a step were, most likely, threads on the host, of
-  which a run now has one.
+  GPU; a run logs every tenth. `single` once lost about 30 ms a step (24,735 tokens, +24 %), most likely to threads on the host; a run now has
+  one, and since then `single` and `ddp` are as far off as each other (32,768 tokens).
 - The time that engines add was measured for three shapes; that it grows with the number of tensors is assumed.
 - Matrix products and copies were measured on H100 and H200; other GPUs are taken to reach the share in the table below.
 - Between nodes: the network in the table, for each GPU, of which {network:.0%} arrives. It is a property of the cluster.
@@ -122,9 +122,10 @@ tokens: with rows of different lengths that takes time (8 % in the table below),
 ## Predicted and measured
 
 bfloat16, compiled layers, H200. Qwen3-0.6B: micro batches of 32 rows whose lengths are spread like chats, no gradient
-checkpointing (`benchmarks/results/plans-h200x2.json`). 4B and 8B: four micro batches of 16,384 tokens in rows of 2,048, with
+checkpointing (`benchmarks/results/plans-h200x2.json`); then two of 16 rows of 2,048 tokens (32,768; `scaling-h200x2.json`). 4B and 8B: four micro batches of 16,384 tokens in rows of 2,048, with
 it (`scaling-h200x4.json`). Memory is torch.cuda.max_memory_allocated with the largest micro batch, the tokens of which are
-given; speed is tokens a second and GPU. The constants for time are fitted to these runs, those for memory are counted.
+given; speed is tokens a second and GPU. The constants for time are fitted to these runs but those of 32,768 tokens, which came later; those
+for memory are counted.
 `resume` is the end of the run once more, from its checkpoint. ddp of 4B was resumed before its states went through host memory
 (106 GiB), and is left out.
 """
