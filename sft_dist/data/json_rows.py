@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from sft_dist.data.json_keys import ONCE, KeyTwice, key_twice
 from sft_dist.errors import DataError
 
 PIECE = 2**20
@@ -35,16 +36,13 @@ class Row(NamedTuple):
 def read_line(where: str, line: bytes) -> Any:
     """The JSON value of a line. Raises DataError with `where` if it holds none."""
     try:
-        return json.loads(decode(line, where).strip())
+        return ONCE.decode(decode(line, where).strip())
+    except KeyTwice as error:
+        raise key_twice(where, error) from error
     except (ValueError, RecursionError) as error:
-        raise bad_json(where, error) from error
-
-
-def bad_json(where: str, error: Exception) -> DataError:
-    """The error for a line that is not JSON."""
-    failure = DataError(f"{where}: {_not_json(error)}", hint="one whole JSON object a line")
-    failure.reason = "not_json"
-    return failure
+        failure = DataError(f"{where}: {_not_json(error)}", hint="one whole JSON object a line")
+        failure.reason = "not_json"
+        raise failure from error
 
 
 def decode(raw: bytes, where: str) -> str:
@@ -88,7 +86,8 @@ def json_rows(stream: BinaryIO, start: bytes, name: str, reopen: Callable[[], Bi
     taken = 0
     try:
         for taken, record in enumerate(_items(stream), 1):
-            yield Row(f"{name}: row ", taken, record)
+            twice = isinstance(record, KeyTwice)
+            yield Row(f"{name}: row ", taken, key_twice(f"{name}: row {taken}", record) if twice else record)
     except _NotInOne:
         # The parser of whole files says best what is wrong, and where.
         with reopen() as again:
@@ -155,7 +154,6 @@ class _Pieces:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.utf8 = stream, codecs.getincrementaldecoder("utf-8-sig")()
-        self.decoder = json.JSONDecoder()
         self.text, self.at = "", 0
 
     def more(self) -> bool:
@@ -184,10 +182,15 @@ class _Pieces:
         self.at += 1
 
     def value(self) -> Any:
+        """The value that begins here; KeyTwice, not raised, in place of one that has a key twice: others may follow it."""
         self.sign()
+        decoder, twice = ONCE, None
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = decoder.raw_decode(self.text, self.at)
+            except KeyTwice as error:
+                decoder, twice = json.JSONDecoder(), error  # which finds the end
+                continue
             except (ValueError, RecursionError) as error:
                 if isinstance(error, RecursionError) or not self.more():
                     raise _NotInOne from error
@@ -195,7 +198,7 @@ class _Pieces:
             # A number at the end of what was read may go on in the next piece.
             if self.text[end : end + 1] not in NUMBER or not self.more():
                 self.at = min(end, len(self.text))
-                return value
+                return twice or value
 
     def items(self) -> Iterator[Any]:
         """The items of the array that begins here."""

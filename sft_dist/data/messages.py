@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sft_dist.data.example import Message
+from sft_dist.data.json_keys import ONCE
 from sft_dist.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -85,10 +85,10 @@ def text(value: Any, label: str, fail: Failure) -> str:
 
 
 def parsed(value: Any) -> Any:
-    """The value of text that holds a JSON list or object, as tables store them; others unchanged."""
+    """The value of text that holds a JSON list or object, as tables store them; others unchanged. Raises KeyTwice."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return ONCE.decode(value)
         except (ValueError, RecursionError):
             return value
     return value

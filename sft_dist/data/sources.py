@@ -18,6 +18,7 @@ from sft_dist.data.example import Example, RowFormat
 from sft_dist.data.extraction import extraction
 from sft_dist.data.formats import detect_format, parse_row
 from sft_dist.data.hub import hub_dataset
+from sft_dist.data.json_keys import KeyTwice, key_twice
 from sft_dist.data.json_rows import NOT_UTF8, Row, read_line
 from sft_dist.data.mix import mix
 from sft_dist.data.paths import source_files
@@ -102,6 +103,8 @@ def read_row(row: Row, how: RowFormat) -> Example | DataError:
         if error.reason == NOT_UTF8:
             raise
         return error
+    except KeyTwice as error:  # in text of a cell or column that is read as JSON
+        return key_twice(where, error)
 
 
 def source_rows(part: SourcePart) -> Iterator[Row]:
@@ -216,5 +219,7 @@ def _format_of(rows: Iterator[Row], columns: dict[str, str]) -> tuple[DataFormat
             return detect_format(record, where, columns), seen
         except DataError as error:
             first = first or error
+        except KeyTwice as error:
+            first = first or key_twice(where, error)
     assert first is not None, "called with rows"
     raise first

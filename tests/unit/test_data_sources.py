@@ -162,6 +162,51 @@ def test_a_nul_byte_is_a_matter_of_its_row(rows_file, content, name, message):
     assert dropped[0].startswith(f"{path}{message}")
 
 
+ASKED = '"messages": [{"role": "user", "content": "Hi"}]'
+ANSWERED = '"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "last"}]'
+WITH_A_KEY_TWICE = {
+    "column": (f"{{{ASKED}, {ANSWERED}}}", "messages"),
+    "inside": ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "content"),
+    "escaped": ('{"instruction": "a", "output": "b", "out\\u0070ut": "c"}', "output"),
+}
+
+
+@pytest.mark.parametrize(("twice", "key"), WITH_A_KEY_TWICE.values(), ids=WITH_A_KEY_TWICE)
+@pytest.mark.parametrize(
+    "form", ["{}\n{}\n{}\n", "[{}, {},\n{}]", '{{"more": {{"a": 1, "a": 2}}, "data": [{}, {}, {}]}}']
+)
+def test_a_key_twice_is_a_matter_of_its_row(rows_file, monkeypatch, twice, key, form):
+    """Python takes the last of the two and says nothing."""
+    from sft_dist.data import json_rows
+
+    first, last = json.dumps(row("a")), json.dumps(row("b"))
+    path = rows_file(form.format(first, twice, last), "rows.json")
+    place = f"{path}:2" if form.startswith("{}") else f"{path}: row 2"
+    for size in (3, 64, 2**20):
+        monkeypatch.setattr(json_rows, "PIECE", size)
+        examples, dropped = load(path, on_bad_row="drop")
+        assert answers(examples) == ["a", "b"]
+        assert dropped == [
+            f"{place}: an object has the key {key!r} twice, and which of the two is meant cannot be told"
+        ]
+
+
+def test_a_key_twice_in_a_cell_that_holds_json_is_a_matter_of_its_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as stream:
+        cells = csv.writer(stream)
+        cells.writerow(["messages"])
+        cells.writerows(
+            [
+                [json.dumps(row("a")["messages"]).replace('"content"', key + '"content"')]
+                for key in ('"content": "", ', "")
+            ]
+        )
+    examples, dropped = load(path, on_bad_row="drop")
+    assert answers(examples) == ["a"]
+    assert dropped == [f"{path}:2: an object has the key 'content' twice, and which of the two is meant cannot be told"]
+
+
 def test_bad_rows_are_reported_together(rows_file):
     broken = ['{"messages": [', "[1]", '{"messages": []}', '"x"', "{}", "{'a': 1}", "null"]
     path = rows_file(lines(row()) + "\n".join(broken))
