@@ -95,6 +95,8 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
     from sft_dist.jobs.requeue import Settler
     from sft_dist.jobs.walltime import log_outlook
     from sft_dist.train.attempt import attempt
+    from sft_dist.train.disk import look_for_room
+    from sft_dist.train.ranks import Ranks
     from sft_dist.train.settle import needs_packages, record_environment, resolve_here
     from sft_dist.train.shutdown import Interrupted, StopRequest
 
@@ -121,6 +123,10 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
             if place is not None:
                 log_outlook(run)
             if "before" in parts:
+                if "train" in parts and config.checkpoint.save_strategy != "no":
+                    look_for_room(
+                        run, resolved, Ranks()
+                    )  # the training asks as well, when the model was asked for minutes
                 _evaluate(config, run, resolved, "before")
             if "train" in parts:
                 _train(run, current, resolved, place)

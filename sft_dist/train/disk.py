@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import discard, newest_facts, size_of
 from sft_dist.train.ranks import MainFailed, Ranks
 
+log = logging.getLogger(__name__)
 # What a checkpoint may be larger than foreseen: the log in trainer_state.json grows, names and headers are not counted.
 MARGIN, MARGIN_BYTES = 1.01, 2**20
 # Files and folders of a checkpoint beside those that each process writes, and of each process.
@@ -87,6 +89,20 @@ def shortage(folder: Path, need: Need, *, quotas: bool = True) -> str | None:
         if free.files is not None and free.files < need.files:
             return f"takes {need.files} files and folders, but {free.where} has room for {free.files} more"
     return None
+
+
+def look_for_room(run: RunDir, resolved: Resolved, ranks: Ranks) -> Need | None:
+    """What the next checkpoint takes, once it is known to fit: DiskError if not, on every process; all must call it.
+
+    If none is saved but by a stop, a warning says so instead.
+    """
+    need = ranks.by_main(lambda: expected(run, resolved.config, resolved))
+    why = None if need is None else shortage(run.checkpoints, need, quotas=ranks.is_main)
+    if resolved.config.checkpoint.save_strategy != "no":
+        agree_on_room(run, "a checkpoint", why, ranks)
+    elif why is not None:
+        log.warning("a checkpoint, which a stop would save, %s", why)
+    return need
 
 
 def agree_on_room(run: RunDir, what: str, why: str | None, ranks: Ranks) -> None:

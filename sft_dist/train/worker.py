@@ -130,17 +130,11 @@ def _tell_libraries(resolved: Resolved) -> None:
 
 def _saves(run: RunDir, resolved: Resolved, facts: dict[str, Any], ranks: Ranks, health: Health) -> Saves:
     """The saves of the training, once it is known that the first one would fit: not after hours. DiskError if not."""
-    from sft_dist.train.disk import agree_on_room, expected, shortage
+    from sft_dist.train.disk import look_for_room
     from sft_dist.train.saving import Saves
 
-    config = resolved.config.checkpoint
-    need = ranks.by_main(lambda: expected(run, resolved.config, resolved))
-    why = None if need is None else shortage(run.checkpoints, need, quotas=ranks.is_main)
-    if config.save_strategy != "no":
-        agree_on_room(run, "a checkpoint", why, ranks)
-    elif why is not None:
-        log.warning("a checkpoint, which a stop would save, %s", why)
-    return Saves(run, config, facts, ranks, need, health.save_took)
+    need = look_for_room(run, resolved, ranks)
+    return Saves(run, resolved.config.checkpoint, facts, ranks, need, health.save_took)
 
 
 def _model(resolved: Resolved, tokens: RunTokenizer, ranks: Ranks) -> PreTrainedModel | PeftModel:

@@ -108,6 +108,19 @@ def test_a_run_whose_first_checkpoint_does_not_fit_ends_before_the_first_step(
     assert losses(run) == []
 
 
+def test_what_does_not_fit_is_refused_before_the_base_model_is_asked(
+    disk_of: Callable[[str], RunDir], whole: tuple[RunDir, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions may take minutes, and what they cost is lost on a run that cannot train."""
+    run = disk_of(f"size={whole[1] // 2 // 4096 * 4096}")
+    text = run.config.read_text(encoding="utf-8").replace("before: false", "before: true")
+    run.config.write_text(text, encoding="utf-8")
+    asked: list[str] = []
+    monkeypatch.setattr(stages, "_evaluate", lambda config, run, resolved, when: asked.append(when))
+    assert "a checkpoint takes " in str(refused(run))
+    assert asked == []
+
+
 def test_a_disk_without_inodes_is_no_room_either(disk_of: Callable[[str], RunDir]) -> None:
     run = disk_of("size=512m,nr_inodes=5")
     assert "files and folders, but " in str(refused(run))
