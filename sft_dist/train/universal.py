@@ -7,12 +7,14 @@ loads it where its config says checkpoint.load_universal, by the name in the fil
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,33 +78,45 @@ def mend(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
 def run_tool(checkpoint: Path, shards: str) -> None:
     """Let DeepSpeed's tool make PARTIAL/UNIVERSAL of the folder `shards`, both inside `checkpoint`.
 
-    In a process of its own: it prints, and forks others, which a process with threads and a GPU must not. The paths are
-    relative, because it takes them for regular expressions. Raises CheckpointError with its last line if it fails.
+    In a process of its own: it prints, and forks others, which a process with threads and a GPU must not. All of them end
+    with this one. The paths are relative, because it takes them for regular expressions. Raises CheckpointError with its
+    last line if it fails.
     """
     command = [
         # transformers' models carry no `universal_checkpoint_info`: all their parameters are plain ones.
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
+        *(sys.executable, "-m", "sft_dist.train.cut", "--inject_missing_state"),
         *("--input_folder", shards, "--output_folder", f"{PARTIAL}/{UNIVERSAL}"),
     ]
     alone = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    tool = subprocess.Popen(
-        command,
-        cwd=checkpoint,
-        env={**os.environ, **alone},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = tool.communicate()
-    except BaseException:  # a stop was asked for
+    # Into a file: a pipe has no end before the last of the tool's processes is gone, and they outlive a tool that is killed.
+    with tempfile.TemporaryFile() as said:
+        tool = subprocess.Popen(
+            command,
+            cwd=checkpoint,
+            env={**os.environ, **alone},
+            stdin=subprocess.PIPE,  # this process's end of it stays open for as long as it lives
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = tool.wait()
+        except BaseException:  # a stop was asked for
+            _end_all(tool)
+            tool.wait()
+            raise
+        if status:
+            _end_all(tool)
+            said.seek(0)
+            lines = said.read().decode("utf-8", "replace").splitlines()
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            raise _failed(checkpoint, f"{last} (exit status {status})")
+
+
+def _end_all(tool: subprocess.Popen[bytes]) -> None:
+    """The tool and the processes that it started, if any of them is left."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(tool.pid, signal.SIGKILL)
-        tool.wait()
-        raise
-    if tool.returncode:
-        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
-        raise _failed(checkpoint, f"{last} (exit status {tool.returncode})")
 
 
 def refuse_empty_parts(groups: list[int], processes: int) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +139,90 @@ def test_the_tool_is_told_where_by_relative_paths_and_its_last_line_is_the_reaso
         universal.run_tool(checkpoint, "global_step3")
     told = (checkpoint / "arguments").read_text().split()
     assert told[-4:] == ["--input_folder", "global_step3", "--output_folder", "universal.partial/universal"]
+
+
+# In place of DeepSpeed's: it says which processes it has, and each of them writes on and on.
+TOOL = """
+import os, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+def write(number):
+    Path(f"{number}.pid").write_text(str(os.getpid()))
+    while True:
+        Path(str(number)).write_text(str(time.monotonic_ns()))
+        time.sleep(0.01)
+
+def parse_arguments():
+    return sys.argv
+
+def main(arguments):
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        found = [pool.submit(write, number) for number in range(2)]
+        if "dies" in arguments:
+            while len(list(Path().glob("*.pid"))) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    main(parse_arguments())
+"""
+
+
+@pytest.fixture
+def tool_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint, with TOOL as the tool that cuts it anew."""
+    package = tmp_path / "packages" / "deepspeed" / "checkpoint"
+    package.mkdir(parents=True)
+    for name, text in {"../__init__": "", "__init__": "", "ds_to_universal": TOOL}.items():
+        (package / f"{name}.py").write_text(text)
+    root = Path(universal.__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}:{root}")
+    (tmp_path / "checkpoint-3").mkdir()
+    return tmp_path / "checkpoint-3"
+
+
+def writers(checkpoint: Path) -> list[int]:
+    """The processes of the tool that are at work."""
+    found = [int(path.read_text() or 0) for path in checkpoint.glob("*.pid")]
+    return [pid for pid in found if pid and is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    """Not if nobody has taken note of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_nothing_writes_into_a_checkpoint_once_its_process_is_killed(tool_beside: Path) -> None:
+    """What is left of it would go on beside the next attempt, which begins by removing the half copy."""
+    code = "import sys; from pathlib import Path; from sft_dist.train import universal; "
+    code += "universal.run_tool(Path(sys.argv[1]), 'global_step3')"
+    worker = subprocess.Popen([sys.executable, "-c", code, str(tool_beside)])
+    try:
+        until(lambda: len(writers(tool_beside)) == 2)
+        worker.kill()
+        until(lambda: not writers(tool_beside))
+    finally:
+        worker.kill()
+        worker.wait()
+        for pid in writers(tool_beside):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_tool_that_is_killed_is_not_waited_for_for_ever(tool_beside: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\(exit status -9\)"):
+        universal.run_tool(tool_beside, "dies")
+    until(lambda: not writers(tool_beside))
 
 
 def test_what_an_attempt_left_half_made_is_removed(tmp_path: Path) -> None:
