@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sft_dist.jobs.failures import Failure
+from sft_dist.jobs.records import Row, last_rows, whole
 from sft_dist.rundir import RunDir
 
 # Another attempt would end in the same way, or nobody wants one.
@@ -93,14 +95,18 @@ def without_progress(history: History) -> int:
 
 def reached(run: RunDir) -> dict[str, int]:
     """How far the run has come: its last step, that of its newest complete checkpoint, and how many stages are done."""
-    step = run.read_status().get("step")
     complete = [0]
     for path in run.checkpoints.glob("checkpoint-*/MANIFEST.json"):
         number = path.parent.name.rpartition("-")[2]
         complete.append(int(number) if number.isascii() and number.isdigit() else 0)
+    rows: Sequence[Row] = ()
+    with contextlib.suppress(OSError):
+        rows = last_rows(run.metrics)
+    # status.json is some seconds late where the process was killed.
+    steps = (whole(it.get("step")) or 0 for it in (run.read_status(), *rows[-1:]))
     stages = (run.eval / "before.jsonl", run.model / "DONE", run.eval / "after.jsonl")
     done = sum(path.is_file() for path in stages)
-    return {"step": step if isinstance(step, int) else 0, "checkpoint": max(complete), "stages": done}
+    return {"step": max(*steps, max(complete)), "checkpoint": max(complete), "stages": done}
 
 
 def excluded(history: History, job_id: str | None) -> tuple[str, ...]:

@@ -70,10 +70,11 @@ class Record:
         """The last sign of life."""
         return moment(self.status.get("updated"))
 
-    def step(self, *, newest: bool) -> int | None:
-        """The step that status.json names; with `newest` that of the last log event if it is later."""
+    @property
+    def step(self) -> int | None:
+        """Of status.json, which is some seconds late, also where the process was killed; the last log event may know more."""
         said = whole(self.status.get("step"))
-        logged = whole(self.rows[-1].get("step")) if newest and self.rows else None
+        logged = whole(self.rows[-1].get("step")) if self.rows else None
         return max(said, logged) if said is not None and logged is not None else said
 
 

@@ -60,8 +60,7 @@ class RunStatus:
 
     @property
     def step(self) -> int | None:
-        """Of status.json, which is some seconds late; while it runs, the last log event may know more."""
-        return self.record.step(newest=self.state == "running")
+        return self.record.step
 
     @property
     def max_steps(self) -> int | None:
@@ -191,7 +190,7 @@ def gpu_hours(
 
 def _status(record: Record, jobs: tuple[Submitted, ...], queue: Queue, here: str, now: datetime.datetime) -> RunStatus:
     found = verdict(record, jobs, queue, here=here, now=now)
-    step, total = record.step(newest=found.state == "running"), whole(record.status.get("max_steps"))
+    step, total = record.step, whole(record.status.get("max_steps"))
     pace = seconds_a_step(record.rows) if found.state == "running" else None
     left = None if pace is None or step is None or total is None else max(0, total - step) * pace
     losses = [row["loss"] for row in record.rows if isinstance(row.get("loss"), (int, float))]

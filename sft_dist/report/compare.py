@@ -84,8 +84,8 @@ def _figures(facts: RunFacts) -> Iterator[tuple[str, str]]:
     for title, value in (("Model", config_value(facts.config_text, "model", "name")), ("Plan", plan)):
         if value:
             yield title, clip(plain(value), 200)
-    if (step := number(facts.status.get("step"))) is not None:
-        yield "Steps", plain(int(step))
+    if facts.step is not None:
+        yield "Steps", plain(facts.step)
     for title, key in (("Training loss, last", "loss"), ("Evaluation loss, last", "eval_loss")):
         known = [value for _, value in series(facts.metrics, key) if value is not None]
         if known:
@@ -156,13 +156,13 @@ def _listed(facts: RunFacts, run: RunDir, folder: Path) -> dict[str, Any]:
     """One run as a row of the index in `folder`; `href` is its report as seen from there, None if it has none."""
     first = next((line for _, part in sets_of(facts.scores) for line in score_lines(part)), None)
     losses = [value for _, value in series(facts.metrics, "loss") if value is not None]
-    step, most = number(facts.status.get("step")), number(facts.status.get("max_steps"))
+    step, most = facts.step, number(facts.status.get("max_steps"))
     return {
         "name": facts.name,
         "href": quote(os.path.relpath(run.report.resolve(), folder)) if run.report.is_file() else None,
         "state": facts.status.get("state", "unknown"),
         "model": clip(config_value(facts.config_text, "model", "name") or NONE, 200),
-        "steps": NONE if step is None else plain(int(step)) + (f" of {plain(int(most))}" if most is not None else ""),
+        "steps": NONE if step is None else plain(step) + (f" of {plain(int(most))}" if most is not None else ""),
         "loss": f"{losses[-1]:.4g}" if losses else NONE,
         "score": f"{first.title}: {first.before.text} to {first.after.text}" if first else NONE,
         "heard": clock(facts.status["updated"]) if "updated" in facts.status else NONE,

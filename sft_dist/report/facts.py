@@ -11,7 +11,7 @@ from typing import Any
 from sft_dist.errors import SftDistError
 from sft_dist.files import moment
 from sft_dist.jobs.records import Submitted, submitted_jobs
-from sft_dist.report.text import mapping
+from sft_dist.report.text import mapping, number
 from sft_dist.rundir import RunDir
 
 
@@ -33,6 +33,12 @@ class RunFacts:
     jobs: tuple[Submitted, ...]
     """Oldest first."""
     problems: tuple[str, ...]
+
+    @property
+    def step(self) -> int | None:
+        """The last step: status.json is some seconds late where the process was killed."""
+        said = [number(self.status.get("step")), *(number(row.get("step")) for row in self.metrics[-1:])]
+        return max((int(it) for it in said if it is not None), default=None)
 
 
 def read_facts(run: RunDir) -> RunFacts:

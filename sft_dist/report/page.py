@@ -117,16 +117,14 @@ def _headline(line: ScoreLine) -> dict[str, Any]:
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str]]:
     """The run in a few figures; those that nothing says are left out."""
-    logged = [int(step) for row in facts.metrics if (step := number(row.get("step"))) is not None]
-    step = number(facts.status.get("step")) if "step" in facts.status else (logged[-1] if logged else None)
-    most = number(facts.status.get("max_steps"))
+    step, most = facts.step, number(facts.status.get("max_steps"))
     seconds = wall_seconds(facts)
     speeds = [speed for row in facts.metrics if (speed := number(row.get("tokens_per_s"))) is not None]
     tokens = [count for row in facts.metrics if (count := number(row.get("tokens"))) is not None]
     model = config_value(facts.config_text, "model", "name")
     tiles = [
         ("Model", model and clip(model, 200)),
-        ("Steps", step is not None and plain(int(step)) + (f" of {plain(int(most))}" if most is not None else "")),
+        ("Steps", step is not None and plain(step) + (f" of {plain(int(most))}" if most is not None else "")),
         ("Wall time", seconds is not None and duration(seconds)),
         ("Tokens", tokens and plain(int(max(tokens)))),
         ("Median tokens/s", speeds and plain(statistics.median(speeds))),

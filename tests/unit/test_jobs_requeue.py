@@ -284,6 +284,11 @@ def test_how_far_a_run_has_come(tmp_path: Path) -> None:
     run.eval.mkdir()
     (run.eval / "before.jsonl").touch()
     assert reached(run) == {"step": 12, "checkpoint": 8, "stages": 1}
+    run.metrics.write_text('{"step": 13, "loss": 1.0}\n{"step": 14, "lo', encoding="utf-8")
+    assert reached(run)["step"] == 13, "status.json is some seconds late where the process was killed"
+    (run.checkpoints / "checkpoint-14").mkdir()
+    (run.checkpoints / "checkpoint-14" / "MANIFEST.json").touch()
+    assert reached(run) == {"step": 14, "checkpoint": 14, "stages": 1}
 
 
 def test_an_attempt_that_left_no_line_gets_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

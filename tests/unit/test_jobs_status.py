@@ -249,6 +249,17 @@ def test_all_runs_take_one_squeue_and_one_sacct(slurm: Callable[..., Path]) -> N
     assert [line.split()[0] for line in calls.read_text(encoding="utf-8").splitlines()] == ["squeue", "sacct"]
 
 
+@pytest.mark.parametrize("state", ["running", "failed", "stopped"])
+def test_the_last_log_event_may_know_a_later_step(slurm: Callable[..., Path], state: str) -> None:
+    """status.json names a step every five seconds, and none at all when its process is killed."""
+    slurm()
+    run = made("killed", {"state": state})
+    append_jsonl(run.metrics, {"step": 9, "loss": 0.25})
+    assert look([run])[0][0].step == 9
+    append_jsonl(run.metrics, {"step": 3, "loss": 0.25})
+    assert look([run])[0][0].step == 5
+
+
 def test_one_bad_run_does_not_hide_the_others(slurm: Callable[..., Path], run_cli: RunCli) -> None:
     slurm(squeue="")
     good = made("good", {"state": "done"})

@@ -313,6 +313,13 @@ def test_sections_and_figures_of_a_finished_run(run):
     assert "took 1 2026-01-02 10:00:00 UTC 2026-01-02 10:02:31 UTC 2 min 31 s" in page.text
 
 
+def test_the_step_of_a_run_that_was_killed_is_that_of_its_last_row(run):
+    fill(run, "words")
+    run.write_status(state="failed", step=5, max_steps=40)
+    write_jsonl(run.metrics, [{"step": 7, "loss": 1.0}])
+    assert "Steps 7 of 40" in report(run)[1].text
+
+
 def test_only_values_that_were_set_are_marked(run):
     fill(run, "words")
     html, page = report(run)
