@@ -6,10 +6,10 @@ import contextlib
 import functools
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -33,6 +33,14 @@ LEAST = 2
 Entries = dict[str, dict[str, Any]]
 
 
+class Share(NamedTuple):
+    """What a process has hashed."""
+
+    entries: Entries
+    names: tuple[str, ...]
+    """All files that it sees, in order."""
+
+
 def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any], ranks: Ranks | None = None) -> None:
     """Record every file of `checkpoint` with size and hash (XXH3, 128 bits); from here on the checkpoint is complete.
 
@@ -41,28 +49,61 @@ def write_manifest(checkpoint: Path, step: int, facts: dict[str, Any], ranks: Ra
     """
     ranks = ranks or Ranks()
     ranks.barrier()
-    shares = ranks.everyones(settled(checkpoint, ranks))
+    shares = gathered(checkpoint, settled(checkpoint, ranks), ranks)
     if ranks.is_main:
         seal(checkpoint, step, facts, shares)
     ranks.barrier()
 
 
-def settled(checkpoint: Path, ranks: Ranks, node_share: tuple[int, int] = (0, 1)) -> Entries:
+def settled(checkpoint: Path, ranks: Ranks, node_share: tuple[int, int] = (0, 1)) -> Share:
     """Size and hash of this process's share of the files, once what this node wrote is on the disk. Raises OSError.
 
     Only the host that wrote a file can force it out: the processes of a node, of which this one is `node_share`
     (number, how many), sync all files and folders between them.
     """
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-    folders = [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]
-    number, of = node_share
-    mine = files[ranks.rank :: ranks.size]
+    files, folders = _listed(checkpoint)
     with ThreadPoolExecutor(BESIDE) as pool:
-        list(pool.map(sync_path, [*files, *folders][number::of]))
-        digests = list(pool.map(_digest, mine))
+        list(pool.map(sync_path, [*files, *folders][node_share[0] :: node_share[1]]))
+        entries = _entries(checkpoint, files[ranks.rank :: ranks.size], pool)
+    return Share(entries, tuple(str(path.relative_to(checkpoint)) for path in files))
+
+
+def gathered(checkpoint: Path, mine: Share, ranks: Ranks) -> list[Entries]:
+    """What all processes have hashed, and what fell between their shares. All raise OSError if one of them does.
+
+    A shared file system may not yet show a host what another one wrote (the attribute cache of NFS). Then the lists of which
+    they took shares differ, and a file may be nobody's; but the host that wrote it sees it.
+    """
+    told = (mine.entries, xxhash.xxh3_128_hexdigest(repr(mine.names).encode()))
+    shares, lists = zip(*ranks.everyones(told), strict=True)
+    if len({*lists}) == 1:
+        return [*shares]
+    sees = {name: rank for rank, names in enumerate(ranks.everyones(mine.names)) for name in names}
+    missed = [name for name in mine.names if sees[name] == ranks.rank and not any(name in it for it in shares)]
+    entries, failed = dict[str, dict[str, Any]](), None
+    try:
+        with ThreadPoolExecutor(BESIDE) as pool:
+            list(pool.map(sync_path, [checkpoint / name for name in mine.names]))  # shared out by the list as well
+            entries = _entries(checkpoint, [checkpoint / name for name in missed], pool)
+    except OSError as error:  # the others wait for this one
+        failed = f"{error.strerror or error} ({error.filename})"
+    more = ranks.everyones((entries, failed))
+    if said := next((said for _, said in more if said), None):
+        raise OSError(f"a file that not every host sees: {said}")
+    return [*shares, *(entries for entries, _ in more)]
+
+
+def _listed(checkpoint: Path) -> tuple[list[Path], list[Path]]:
+    """The files and the folders of a checkpoint, as this host sees them now."""
+    found = sorted(checkpoint.rglob("*"))
+    files = [path for path in found if path.is_file() and path.name != MANIFEST]
+    return files, [checkpoint, *(path for path in found if path.is_dir())]
+
+
+def _entries(checkpoint: Path, files: Sequence[Path], pool: ThreadPoolExecutor) -> Entries:
     return {
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "xxh3_128": digest}
-        for path, digest in zip(mine, digests, strict=True)
+        for path, digest in zip(files, pool.map(_digest, files), strict=True)
     }
 
 

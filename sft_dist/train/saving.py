@@ -25,7 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from sft_dist.config.schema import CheckpointConfig
 from sft_dist.errors import SftDistError
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, Entries, rotate, seal, settled
+from sft_dist.train.checkpoint import MANIFEST, Share, gathered, rotate, seal, settled
 from sft_dist.train.disk import Need, agree_on_room, agree_on_writing, note_in_engine, shortage
 from sft_dist.train.heartbeat import phase
 from sft_dist.train.ranks import Ranks
@@ -49,7 +49,7 @@ class _Pending:
     folder: Path
     step: int
     written_s: float
-    entries: Entries = field(default_factory=dict)
+    share: Share = field(default_factory=lambda: Share({}, ()))
     error: Exception | None = None
     settled_s: float = 0.0
 
@@ -134,17 +134,17 @@ class Saves:
             phase("save")
         thread.join()
         agree_on_writing(self.run, pending.folder, pending.error, self.ranks)
-        found = self.ranks.everyones((pending.entries, pending.settled_s))
-        settled_s = self._last_settled_s = max(seconds for _, seconds in found)
+        settled_s = self._last_settled_s = max(self.ranks.everyones(pending.settled_s))
         timed = {"written_s": round(pending.written_s, 3), "settled_s": round(settled_s, 3)}
         failed: OSError | None = None
-        if self.ranks.is_main:
-            try:
+        try:
+            shares = gathered(pending.folder, pending.share, self.ranks)
+            if self.ranks.is_main:
                 samples = pending.step * int(self.facts.get("global_batch_size", 0))
-                facts, shares = {"samples": samples, **self.facts, "timed": timed}, [entries for entries, _ in found]
+                facts = {"samples": samples, **self.facts, "timed": timed}
                 self.need = Need.after(seal(pending.folder, pending.step, facts, shares))
-            except OSError as error:
-                failed = error
+        except OSError as error:
+            failed = error
         agree_on_writing(self.run, pending.folder, failed, self.ranks)
         self.need = self.ranks.by_main(lambda: self.need)
         self.took(pending.written_s + settled_s)
@@ -189,7 +189,7 @@ class Saves:
         alone, told = self.ranks.size == 1, os.environ.get
         node_share = (0, 1) if alone else (int(told("LOCAL_RANK", 0)), int(told("LOCAL_WORLD_SIZE", 1)))
         try:
-            pending.entries = settled(pending.folder, self.ranks, node_share)
+            pending.share = settled(pending.folder, self.ranks, node_share)
         except Exception as error:
             pending.error = error
         pending.settled_s = time.monotonic() - began
