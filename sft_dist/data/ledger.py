@@ -99,6 +99,7 @@ def _rows_in(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "unknown_texts": dict(_sums(counts, "unknown").most_common(20)),
         "special_token_rows": _total(counts, "special_token_rows"),
         "special_texts": dict(_sums(counts, "special").most_common()),
+        "reasoning_left_out": _total(counts, "reasoning_left_out"),
         "tokens_in": tokens,
         "lost_tokens": _total(counts, "lost_tokens"),
     }

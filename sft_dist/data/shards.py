@@ -29,6 +29,7 @@ from sft_dist.data.sources import read_row
 from sft_dist.data.special import SpecialTexts
 from sft_dist.data.template import ChatTemplate
 from sft_dist.data.tokenize import IGNORED, MaskedRow, Masks
+from sft_dist.data.words import reasoning_left_out
 from sft_dist.errors import DataError
 from sft_dist.files import read_json, write_json
 
@@ -78,7 +79,7 @@ def read_shard(path: Path) -> Shard | None:
     """The notes of a shard; None while it is not whole."""
     try:
         counts = read_json(path.with_suffix(".json"))
-        if counts is None or "special" not in counts:  # a version before this one counted less
+        if counts is None or "reasoning_left_out" not in counts:  # a version before this one counted less
             return None
         with np.load(path.with_suffix(".npz")) as arrays:
             own: dict[str, Any] = {name: arrays[name] for name in ("lengths", "trained", "ordinals", "hashes", "rows")}
@@ -129,7 +130,7 @@ class ShardMaker:
         counts |= {"bad": {}, "errors": [], "first": None, "weighted_rows": 0}
         counts |= dict.fromkeys(("usable", "refused", "empty", "cut_off", "truncated_rows", "truncated_tokens"), 0)
         counts |= dict.fromkeys(("answers_cut", "turns", "turns_ended", "doubled_bos", "unknown_tokens"), 0)
-        counts |= dict.fromkeys(("tokens_in", "lost_tokens", "special_token_rows"), 0)
+        counts |= dict.fromkeys(("tokens_in", "lost_tokens", "special_token_rows", "reasoning_left_out"), 0)
         unknown: collections.Counter[str] = collections.Counter()
         special: collections.Counter[str] = collections.Counter()
         kept: list[Document] = []
@@ -152,6 +153,8 @@ class ShardMaker:
                 counts["tokens_in"] += len(masked.ids)
                 spelled = self.special.of(example)
                 counts["special_token_rows"] += bool(spelled)
+                text = masked.encoded.text if masked.encoded is not None else None  # None: refused, and counted as such
+                counts["reasoning_left_out"] += 0 if text is None else reasoning_left_out(text, example.messages)
                 special.update(spelled)
                 rows.append((place, self._over(masked), self._count_unknown(masked, counts, unknown)))
                 for document in self._documents(example, masked, counts):

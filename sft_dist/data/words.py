@@ -49,6 +49,17 @@ def refuse_lost(text: str, messages: Sequence[Message]) -> None:
         )
 
 
+def reasoning_left_out(text: str, messages: Sequence[Message]) -> int:
+    """Of how many answers the reasoning does not stand in `text`: that of a field of its own, or up to </think> in the words."""
+    return sum(any(thought not in text for thought in _thoughts(it)) for it in messages if it["role"] == "assistant")
+
+
+def _thoughts(message: Message) -> list[str]:
+    inside, end, _ = message["content"].rpartition("</think>")
+    found = [message[key] for key in REASONING if message.get(key)] + [inside.rpartition("<think>")[2]] * bool(end)
+    return [thought.strip() for thought in found]  # templates write the white space around it anew
+
+
 def spans_of_others(
     render: Callable[[Sequence[Message]], str], messages: Sequence[Message], text: str, tokens: re.Pattern[str]
 ) -> dict[int, list[Span]]:

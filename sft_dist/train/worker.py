@@ -219,9 +219,11 @@ def summary(ledger: dict[str, Any]) -> str:
     weights = f"{weighted} rows with weights that add up to {train['trained_weight']:.6g}; " if weighted else ""
     special = train.get("special_token_rows", 0)
     spelled = f"{special} rows spell {', '.join(list(train['special_texts'])[:3])} in their words; " if special else ""
+    thoughts = train.get("reasoning_left_out", 0)
+    unthought = f"the template leaves out the reasoning of {thoughts} answers; " if thoughts else ""
     both = (ledger.get("eval") or {}).get("also_in_train", 0)
     twice = f"{both} held-out rows are trained as well; " if both else ""
     return (
         f"data: {train['rows']} rows, {train['tokens']} tokens, {share:.1f}% trained; "
-        f"{weights}{spelled}{twice}{train['truncated_rows']} rows cut, {dropped} dropped; {ledger['template']}"
+        f"{weights}{spelled}{unthought}{twice}{train['truncated_rows']} rows cut, {dropped} dropped; {ledger['template']}"
     )

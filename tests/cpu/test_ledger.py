@@ -100,6 +100,7 @@ def test_every_number(tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path, 
         "unknown_texts": {},
         "special_token_rows": 0,
         "special_texts": {},
+        "reasoning_left_out": 0,
         "duplicates": 1,
         "duplicates_share": round(1 / 6, 6),
         "tokens_in": sum(lengths) + over + LIMIT,
@@ -363,3 +364,35 @@ def test_the_command_ends_with_4_before_a_run_exists(
     assert call_cli("train", "smoke", f"data.train={path}", "data.max_length=64", f"run.dir={tmp_path / 'runs'}") == 4
     assert "of the rows lose their answer or its end to data.max_length" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_reasoning_that_the_template_leaves_out_is_counted_and_said(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path, loss_on: str
+) -> None:
+    """As Qwen3's own template does with that of earlier answers, when it asks: nobody is refused for it."""
+    from sft_dist.train.worker import summary
+
+    answer = "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ m.reasoning_content if loop.last }}"
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        + answer
+        + "<|im_end|>{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}",
+        encoding="utf-8",
+    )
+    tokens = tiny_tokens(chat_template=str(tmp_path / "own.jinja"))
+    thought = "<think>\nTwo and two.\n</think>\n\n4"
+    asked, four = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    apart = {**four, "reasoning_content": "It is even."}
+    rows = [
+        chat("2 + 2?", thought, "And now?", "<think></think>5"),
+        chat("2 + 2?", "Two and two.</think>4", "And now?", thought.replace("Two", "2")),
+        chat("2 + 2?", "4", "And now?", thought),
+        {"messages": [asked, apart, asked, {**apart, "reasoning_content": "As before."}]},
+        chat("What is </think>?", "A mark."),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    ledger = prepared(tokens, tmp_path, {"path": str(tmp_path / "rows.jsonl")}, loss_on=loss_on)
+    assert ledger["train"]["dropped_refused_by_template"] == 0
+    assert ledger["train"]["reasoning_left_out"] == 3
+    assert "the template leaves out the reasoning of 3 answers; " in summary(ledger)
