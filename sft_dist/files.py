@@ -184,7 +184,7 @@ def publish_dir(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it becomes `target` by one rename when the block ends without error.
 
     If `target` has appeared in the meantime (another process was faster), that one stays and ours is dropped. Its files are
-    on the disk before they bear its name, and readable to whom the umask says: safetensors 0.8 writes for the owner alone.
+    on the disk before they bear its name, and readable to whom the umask says.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as name:
@@ -193,7 +193,7 @@ def publish_dir(target: Path) -> Iterator[Path]:
         yield staged
         for path in (*staged.rglob("*"), staged):
             if path.is_file() and not path.is_symlink():
-                path.chmod(path.stat().st_mode & 0o777 | 0o666 & ~_umask())
+                open_to_umask(path)
             if not path.is_symlink():
                 sync_path(path)
         try:
@@ -204,7 +204,18 @@ def publish_dir(target: Path) -> Iterator[Path]:
         sync_path(target.parent)
 
 
+def open_to_umask(path: Path) -> None:
+    """Let a file be read and written by whom the umask says: safetensors 0.8 writes for the owner alone. Raises OSError."""
+    mode = path.stat().st_mode & 0o777
+    wanted = mode | 0o666 & ~_umask()
+    if wanted != mode:
+        path.chmod(wanted)
+
+
 def _umask() -> int:
+    # Asked of the kernel: it can only be set for a moment, in which other threads make files that everybody may write.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], 8)
     current = os.umask(0)
     os.umask(current)
     return current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from sft_dist.files import read_json, sync_path, utc_now, write_json
+from sft_dist.files import open_to_umask, read_json, sync_path, utc_now, write_json
 from sft_dist.rundir import RunDir
 from sft_dist.train.ranks import Ranks
 
@@ -29,6 +30,9 @@ READERS, BESIDE = 8, 2
 OF_PLAN = ("plan", "dtype", "use_cpu", "world_size", "per_device_train_batch_size", "gradient_checkpointing")
 # The fewest complete checkpoints that rotation leaves: the newest may turn out to be damaged.
 LEAST = 2
+# What reading a file raises where the file itself is to blame. Anything else (no permission, a file server that is away, too
+# many open files) says nothing of what is in it, and may be over tomorrow.
+OF_THE_FILE = (errno.EIO, errno.ENOENT, errno.ENOTDIR)
 
 Entries = dict[str, dict[str, Any]]
 
@@ -110,6 +114,9 @@ def _entries(checkpoint: Path, files: Sequence[Path], pool: ThreadPoolExecutor) 
 def seal(checkpoint: Path, step: int, facts: dict[str, Any], shares: Iterable[Entries]) -> dict[str, Any]:
     """Write the manifest of a checkpoint whose files are on the disk, and return it. Raises OSError."""
     sync_path(checkpoint.parent)
+    for path in checkpoint.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # a file system without modes
+            open_to_umask(path)
     together = {name: entry for share in shares for name, entry in share.items()}
     found = {"step": step, "written": utc_now(), **facts, "files": dict(sorted(together.items()))}
     write_json(checkpoint / MANIFEST, found)
@@ -120,19 +127,24 @@ def seal(checkpoint: Path, step: int, facts: dict[str, Any], shares: Iterable[En
 def damage(checkpoint: Path, ranks: Ranks | None = None) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is there with its size and hash.
 
-    With `ranks` every process must call it: each reads a share of the files, and all learn the answer.
+    With `ranks` every process must call it: each reads a share of the files, and all learn the answer. Raises OSError, on all
+    of them, where a file is kept from us: a checkpoint that nobody could look at is not damaged.
     """
     ranks = ranks or Ranks()
-    return next((it for it in ranks.everyones(_damage(checkpoint, ranks)) if it is not None), None)
+    found = ranks.everyones(_damage(checkpoint, ranks))
+    kept = next((it for it in found if isinstance(it, OSError)), None)
+    if kept is not None:
+        raise kept
+    return next((it for it in found if isinstance(it, str)), None)
 
 
-def _damage(checkpoint: Path, ranks: Ranks) -> str | None:
+def _damage(checkpoint: Path, ranks: Ranks) -> str | OSError | None:
     try:
         manifest = read_json(checkpoint / MANIFEST)
     except ValueError:
         return f"{MANIFEST} is not readable"
     except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror or error}"
+        return _unread(MANIFEST, error)
     if manifest is None:
         return f"{MANIFEST} is missing: the save did not finish"
     try:
@@ -141,20 +153,29 @@ def _damage(checkpoint: Path, ranks: Ranks) -> str | None:
         return f"{MANIFEST} is not readable"
 
 
-def _first_difference(checkpoint: Path, files: Entries, ranks: Ranks) -> str | None:
+def _unread(name: str, error: OSError) -> str | OSError:
+    """What is wrong with the file, or the error where that is not known."""
+    return f"{name} cannot be read: {error.strerror or error}" if error.errno in OF_THE_FILE else error
+
+
+def _first_difference(checkpoint: Path, files: Entries, ranks: Ranks) -> str | OSError | None:
     mine = [name for name, _ in sorted(files.items())][ranks.rank :: ranks.size]
     for name in mine:
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != files[name]["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {files[name]['bytes']}"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+        except OSError as error:
+            return _unread(name, error)
+        if size != files[name]["bytes"]:
+            return f"{name} has {size} bytes, not {files[name]['bytes']}"
 
-    def differs(name: str) -> str | None:
+    def differs(name: str) -> str | OSError | None:
         try:
             same = _digest(checkpoint / name) == files[name]["xxh3_128"]
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
+            return _unread(name, error)
         return None if same else f"{name} has changed since it was written"
 
     with ThreadPoolExecutor(READERS) as pool:

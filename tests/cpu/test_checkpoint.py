@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -104,6 +106,43 @@ def test_each_kind_of_damage_is_found_and_the_next_older_is_taken(run: RunDir, n
     aside = run.checkpoints / "torn-checkpoint-10"
     assert aside.is_dir(), "what is damaged is set aside, not deleted"
     assert newest_complete(run) == (older, []), "what is set aside is not reported again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_a_checkpoint_that_nobody_could_look_at_is_not_set_aside(
+    run: RunDir, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's files, or a file server that is away: the run began anew from an older checkpoint, or from step 0."""
+    older, newer = save(run, 5), save(run, 10)
+
+    def kept(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("sft_dist.train.checkpoint._digest", kept)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        newest_complete(run)
+    assert [path for _, path in list_checkpoints(run)] == [newer, older]
+
+
+def test_what_the_disk_cannot_read_is_damage(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(run, 5)
+
+    def broken(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("sft_dist.train.checkpoint._digest", broken)
+    assert "Input/output error" in str(damage(folder))
+
+
+def test_the_files_of_a_checkpoint_are_readable_to_whom_the_umask_says(run: RunDir) -> None:
+    folder = save(run, 5, manifest=False)
+    (folder / "model.safetensors").chmod(0o600)  # as safetensors leaves it
+    before = os.umask(0o027)
+    try:
+        write_manifest(folder, 5, {})
+    finally:
+        os.umask(before)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"step": 10, "files": {"model.safe', b"\xff\xfe", b"null"])
