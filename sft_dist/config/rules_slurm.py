@@ -69,7 +69,6 @@ SBATCH_OPTIONS = frozenset(
         "profile",
         "propagate",
         "reboot",
-        "requeue",
         "sockets-per-node",
         "spread-job",
         "stepmgr",
@@ -94,16 +93,20 @@ SET_ELSEWHERE = {
     "job-name": "run.name",
     "signal": "slurm.signal_delay_s",
     "no-requeue": "slurm.max_requeues (0)",
+    "requeue": "slurm.max_requeues (above 0)",
     "array": "the flag --array of submit",
     "wait": "the flag --wait of submit",
     "test-only": "the flag --dry-run of submit",
 }
+OURS = ("output", "error", "open-mode", "input", "parsable", "quiet", "verbose", "wrap", "kill-on-bad-exit")
 SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|API_?KEY|CREDENTIAL|PRIVATE_?KEY", re.IGNORECASE)
 # What a line of shell sets to a text of its own, not to what another command or variable holds.
 SETS = re.compile(r"""(?<!\w)(\w+)=["']?[^\s"'$`;&|]""", re.ASCII)
 # SLURM's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes(:seconds).
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?", re.ASCII)
 GPUS = re.compile(r"(?:(?P<kind>[\w.-]+):)?(?P<count>\d+)", re.ASCII)
+# The GPUs among what --gres asks for: gpu, gpu:4, gpu:h100:4, gpu:h100:4(S:0).
+GRES = re.compile(r"(?:gres[/:])?gpu(?::(?P<kind>[A-Za-z][\w.-]*))?(?::(?P<count>\d+))?(?:\(.*\))?", re.ASCII)
 DEFAULT_MINUTES = 60
 
 
@@ -131,11 +134,16 @@ def minutes(time: str | int | None) -> int | None:
 
 
 def gpus_of(slurm: SlurmConfig) -> tuple[str | None, int]:
-    """Kind, None if it is not known, and number of a node's GPUs."""
-    match = GPUS.fullmatch(str(slurm.gpus_per_node or 0))
+    """Kind, None if it is not known, and number of a node's GPUs: by gpus_per_node, else by `gres` in `extra`.
+
+    Clusters without SLURM's newer scheduler know only the latter.
+    """
+    match = GPUS.fullmatch(str(slurm.gpus_per_node)) if slurm.gpus_per_node is not None else None
+    if slurm.gpus_per_node is None:
+        match = next(filter(None, map(GRES.fullmatch, str(slurm.extra.get("gres", "")).split(","))), None)
     if match is None:
         return slurm.gpu, 0
-    return slurm.gpu or match["kind"], int(match["count"])
+    return slurm.gpu or match["kind"], int(match["count"] or 1)
 
 
 def _plain(text: str) -> bool:
@@ -180,22 +188,13 @@ def _extra(config: Config) -> Iterator[Problem]:
         elif option in SET_ELSEWHERE:
             yield Problem(path, f"is set by {SET_ELSEWHERE[option]}")
         elif option not in SBATCH_OPTIONS:
-            if option in (
-                "output",
-                "error",
-                "open-mode",
-                "input",
-                "parsable",
-                "quiet",
-                "verbose",
-                "wrap",
-                "kill-on-bad-exit",
-            ):
+            if option in OURS:
                 yield Problem(path, "is set by sft-dist and cannot be changed here")
             else:
                 yield Problem(path, f"is not an option of sbatch{did_you_mean(option, SBATCH_OPTIONS)}")
         elif not (value is True or isinstance(value, (int, float)) or (isinstance(value, str) and _plain(value))):
-            yield Problem(path, f"{shown(value)} is no value of an option; give text or a number, or true for none")
+            text = "give text or a number, true for an option without a value, false to leave it out"
+            yield Problem(path, f"{shown(value)} is no value of an option; {text}")
 
 
 def _environment(config: Config) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ class SlurmConfig(Section):
     reservation: str | None = None
     """Reservation to take the nodes from."""
     extra: dict[str, Any] = {}
-    """More options of sbatch by their long names, without the dashes; true for one that takes no value."""
+    """More options of sbatch by their long names, without the dashes; true for one that takes no value, false to leave out one of the profile's."""
     tasks_per_node: Literal["one", "gpu"] = "one"
     """`one` task on each node, which starts the node's processes with torchrun, or a task for each `gpu`'s process."""
     max_requeues: Annotated[int, Field(ge=0)] = 10

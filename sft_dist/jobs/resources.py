@@ -16,6 +16,13 @@ ASSUMED = "a100-80"
 def resolve_for_job(config: Config) -> Resolved:
     """Decide every `auto` for the job's nodes. What they really are is decided again there."""
     machine, _ = job_machine(config)
+    plan, count = config.parallel.plan, config.parallel.num_processes
+    if not machine.gpus and plan not in ("auto", "cpu") and (plan == "single" or count == "auto"):
+        tried = "" if plan == "single" else "; parallel.num_processes=2 tries the plan on the nodes' CPUs"
+        raise ConfigError(
+            f"parallel.plan is {plan!r}, but the job asks for no GPUs: slurm.gpus_per_node is {config.slurm.gpus_per_node or 'not set'}",
+            hint=f"set slurm.gpus_per_node to the GPUs of a node (8, or h100:8), or parallel.plan=cpu{tried}",
+        )
     resolved = resolve(config, machine, nodes_of(config.slurm.nodes))
     if resolved.layout.world_size > 1 and resolved.layout.plan.engine == "none":
         raise ConfigError(f"parallel.plan {resolved.plan} is one process, but the job has {config.slurm.nodes} nodes")

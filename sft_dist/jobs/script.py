@@ -50,11 +50,12 @@ def sbatch_options(
         if getattr(slurm, name) is not None:
             options[name] = getattr(slurm, name)
     more: dict[str, Any] = {name: getattr(slurm, name) for name in ("mem", "reservation") if getattr(slurm, name)}
-    if gpus_of(slurm)[1]:
+    if slurm.gpus_per_node and gpus_of(slurm)[1]:
         more["gpus-per-node"] = str(slurm.gpus_per_node)
     # Without it some clusters do not requeue a job whose node was lost.
     more["requeue" if slurm.max_requeues else "no-requeue"] = True
-    more |= {name.strip("-").replace("_", "-"): value for name, value in slurm.extra.items()}
+    given = {name.strip("-").replace("_", "-"): value for name, value in slurm.extra.items()}
+    more |= {option: value for option, value in given.items() if value is not False}  # which takes back a profile's
     if after:
         wanted = ["afterok:" + ":".join(after), *([str(more["dependency"])] if more.get("dependency") else [])]
         more |= {"kill-on-invalid-dep": "yes", "dependency": ",".join(wanted)}

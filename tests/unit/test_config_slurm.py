@@ -14,6 +14,7 @@ from sft_dist.config.rules_slurm import gpus_of, minutes
 from sft_dist.config.schema_slurm import SlurmConfig
 from sft_dist.config.yaml12 import parse_yaml
 from sft_dist.errors import ConfigError
+from sft_dist.jobs.resources import resolve_for_job
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,24 @@ def test_gpus() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gres", "expected"),
+    [
+        ("gpu:2", (None, 2)),
+        ("gpu:h100:8", ("h100", 8)),
+        ("nvme:1,gpu:a100:4(S:0-1)", ("a100", 4)),
+        ("gpu", (None, 1)),
+        ("gpu:l4", ("l4", 1)),
+        ("gres/gpu:3", (None, 3)),
+        ("nvme:100G", (None, 0)),
+    ],
+)
+def test_gpus_that_gres_asks_for_count(gres: str, expected: tuple[str | None, int]) -> None:
+    """The run was proven for the CPU, and its GPU hours were those of none."""
+    assert gpus_of(SlurmConfig(extra={"gres": gres})) == expected
+    assert gpus_of(SlurmConfig(gpus_per_node=0, extra={"gres": gres})) == (None, 0)
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("slurm.time=1h", "slurm.time   '1h' is not a time"),
@@ -52,6 +71,8 @@ def test_gpus() -> None:
         ("slurm.extra={mail-typ: END}", "did you mean mail-type"),
         ("slurm.extra={partition: x}", "is set by slurm.partition"),
         ("slurm.extra={output: x}", "is set by sft-dist"),
+        ("slurm.extra={requeue: true}", "is set by slurm.max_requeues"),
+        ("slurm.extra={comment: null}", "false to leave it out"),
         ("slurm.extra={comment: [1]}", "no value of an option"),
         ('slurm.account="a\\nb"', "line break"),
         ("slurm.env={HF_TOKEN: abc}", "looks like a secret"),
@@ -130,3 +151,13 @@ def test_the_profile_to_copy_can_be_used_as_it_is_and_with_every_field(whole: bo
     slurm = load_config("smoke", ["slurm.profile=site"]).config.slurm
     assert (slurm.partition, slurm.account) == ("gpu", "my-project")
     assert (slurm.master_addr == "{host}-ib") == whole
+
+
+def test_a_job_without_gpus_is_told_to_ask_for_them() -> None:
+    """Not that none is visible here: on a login node none ever is."""
+    for asked in ("parallel.plan=ddp", "parallel.plan=single"):
+        config = load_config("smoke", [asked]).config
+        with pytest.raises(ConfigError, match=r"slurm\.gpus_per_node is not set") as refused:
+            resolve_for_job(config)
+        assert "set slurm.gpus_per_node" in (refused.value.hint or "")
+    assert resolve_for_job(load_config("smoke", ["parallel.plan=ddp", "slurm.extra.gres=gpu:2"]).config).gpus == 2

@@ -65,6 +65,18 @@ def test_no_requeue_if_none_is_wanted(tmp_path: Path) -> None:
     assert "no-requeue" in sbatch_lines(script(tmp_path, max_requeues=0))
 
 
+def test_false_leaves_an_option_of_the_profile_out(tmp_path: Path) -> None:
+    """It became --exclusive=False, which sbatch refuses."""
+    assert not [it for it in sbatch_lines(script(tmp_path, extra={"exclusive": False})) if it.startswith("exclusive")]
+    assert "exclusive" in sbatch_lines(script(tmp_path, extra={"exclusive": True}))
+
+
+def test_gres_stands_alone(tmp_path: Path) -> None:
+    lines = sbatch_lines(script(tmp_path, extra={"gres": "gpu:2"}))
+    assert "gres=gpu:2" in lines
+    assert not [it for it in lines if it.startswith("gpus-per-node")]
+
+
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_hostile_value_reaches_the_job_unread(value: str, tmp_path: Path) -> None:
     slurm = config(env={"PROBE": value}, modules=(value,), socket_ifname=value).slurm
