@@ -36,6 +36,15 @@ class Submitted:
     """On all nodes together."""
     folder: Path | None = None
     """Where its log files are: the run's own, or one that the runs of an array share."""
+    run: Path | None = None
+    """The run directory that it works on, as it was when it was submitted."""
+
+    def of_another(self, run: RunDir) -> bool:
+        """Whether it works on another directory than `run`, which is then a copy; a run that was moved is not there any more."""
+        try:
+            return self.run is not None and self.run.is_dir() and not self.run.samefile(run.path)
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,9 @@ def _submitted(entry: Any) -> Submitted | None:
     number = number if task is None or "_" in number else f"{number}_{task}"
     if not is_job_id(number):
         return None
-    stdout = entry.get("stdout")
+    stdout, where = entry.get("stdout"), entry.get("run")
+    folder = Path(stdout).parent if isinstance(stdout, str) and "\0" not in stdout else None
+    run = Path(where) if isinstance(where, str) and "\0" not in where else None
     cluster, nodes, each = entry.get("cluster"), whole(entry.get("nodes")), whole(entry.get("gpus_per_node"))
     return Submitted(
         id=number,
@@ -181,7 +192,8 @@ def _submitted(entry: Any) -> Submitted | None:
         submitted=moment(entry.get("submitted")),
         nodes=nodes,
         gpus=None if nodes is None or each is None else nodes * each,
-        folder=Path(stdout).parent if isinstance(stdout, str) and "\0" not in stdout else None,
+        folder=folder,
+        run=folder.parent if run is None and folder is not None and folder.name == "slurm" else run,
     )
 
 

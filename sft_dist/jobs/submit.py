@@ -211,6 +211,7 @@ def _record(part: Part, number: str, folder: Path, *, local: bool) -> None:
     jobs = (read_json(path) or {}).get("jobs") or []
     entry = {
         "job_id": number,
+        "run": str(part.run.path.absolute()),
         "kind": part.kind,
         "cluster": "local" if local else local_cluster(),
         "submitted": utc_now(),

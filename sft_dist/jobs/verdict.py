@@ -33,8 +33,11 @@ class Verdict:
 
 
 def jobs_of(record: Record) -> tuple[Submitted, ...]:
-    """The run's jobs on SLURM, oldest first; what submitit runs on a host of its own is a process like any other."""
-    known = tuple(job for job in record.jobs if job.cluster != "local")
+    """The run's jobs on SLURM, oldest first; what submitit runs on a host of its own is a process like any other.
+
+    A copy of a run's folder names that run's jobs, which are not the copy's: `cancel` would end them.
+    """
+    known = tuple(job for job in record.jobs if job.cluster != "local" and not job.of_another(record.run))
     if record.jobs:
         return known[-MAX_JOBS:]
     # Submitted by hand: only the attempts say so.
@@ -78,6 +81,8 @@ def verdict(record: Record, jobs: Sequence[Submitted], queue: Queue, *, here: st
         return Verdict("queued", _waits_for(job), job, live=True, starts=job.start)
     if job is not None and job.phase == "active":
         return _with_active_job(record, job, said, reason)
+    if said in ("running", "queued") and record.jobs and record.jobs[-1].of_another(record.run):
+        return Verdict("lost", f"a copy: job {record.jobs[-1].id} works on {record.jobs[-1].run}")
     if said == "running":
         return _said_running(record, jobs, job, queue, here, now)
     if said == "queued" and jobs:

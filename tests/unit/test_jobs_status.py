@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Callable
@@ -88,6 +89,24 @@ def test_a_lock_of_another_host_says_nothing() -> None:
 
 
 JOB = {"job_id": "12", "nodes": 2, "gpus_per_node": 8}
+
+
+@pytest.mark.parametrize("said", ["running", "queued", "stopped"])
+@pytest.mark.parametrize("known_by", [{"run": "{}"}, {"stdout": "{}/slurm/12_0_log.out"}])
+def test_a_copy_of_a_run_has_none_of_its_jobs(said: str, known_by: dict[str, str]) -> None:
+    """`cancel` of the copy ended the job of the run itself."""
+    folder = str(Path("runs/a").absolute())
+    entry = {**JOB, **{key: value.format(folder) for key, value in known_by.items()}}
+    original = made("a", {"state": said}, job={"jobs": [entry]})
+    append_jsonl(original.attempts, {"attempt": 1, "job_id": "12"})
+    shutil.copytree(original.path, "runs/b")
+    job = Job("12", "RUNNING", start=ago(10))
+    assert judged(original, job).live
+    found = judged(RunDir(Path("runs/b")), job)
+    assert (found.state, found.live) == ("stopped" if said == "stopped" else "lost", False)
+    assert said == "stopped" or found.why == f"a copy: job 12 works on {folder}"
+    original.path.rename("runs/c")
+    assert judged(RunDir(Path("runs/c")), job).live, "a run that was moved keeps its job"
 
 
 @pytest.mark.parametrize(
