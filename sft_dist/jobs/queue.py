@@ -78,14 +78,22 @@ def ask_queue(ids: Iterable[str]) -> Queue:
     said = call([*command, *([f"--jobs={listed}"] if len(listed) < MAX_IDS else [])])
     if said.error and "Invalid job id" not in said.error:  # which is how it says that it knows none of them
         return Queue(silent=not said.missing, notes=(said.error,))
-    jobs = {}
-    for line in said.text.splitlines():
-        fields = [part.strip() for part in line.split("|", len(SQUEUE) - 1)]
-        if len(fields) == len(SQUEUE):
-            job, state, start, end, nodes, reason = fields
-            if job in wanted:
-                jobs[job] = Job(job, state, moment(start), moment(end), _count(nodes), _reason(reason))
-    return Queue(jobs, known=True)
+    # With SLURM_CLUSTERS squeue heads its answer, also an empty one, with "CLUSTER: NAME".
+    lines = [line for line in said.text.splitlines() if line.strip() and not line.startswith("CLUSTER:")]
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    if lines and not rows:  # a wrapper's message, half an answer: not an empty queue
+        return Queue(silent=True, notes=(f"squeue: said what it does not say of jobs: {lines[0].strip()[:100]!r}",))
+    return Queue({job.id: job for job in rows if job.id in wanted}, known=True)
+
+
+def _row(line: str) -> Job | None:
+    """The job that a line of squeue tells of; None for a line of another form."""
+    fields = [part.strip() for part in line.split("|", len(SQUEUE) - 1)]
+    # A waiting array as a whole is 12_[0-3%2].
+    if len(fields) != len(SQUEUE) or re.match(r"\d", fields[0], re.ASCII) is None:
+        return None
+    job, state, start, end, nodes, reason = fields
+    return Job(job, state, moment(start), moment(end), _count(nodes), _reason(reason))
 
 
 def ask_accounting(queue: Queue, ids: Iterable[str]) -> Queue:

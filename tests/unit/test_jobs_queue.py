@@ -55,6 +55,21 @@ def test_squeue_is_called_once_for_all_jobs_and_read(fake: Fake) -> None:
     assert [answer.jobs[it].phase for it in ("12", "13")] == ["active", "waiting"]
 
 
+@pytest.mark.parametrize("said", ["slurm is ill", "a|b|c|d|e|f", "usage: squeue [OPTIONS]\n  -A"])
+def test_what_is_not_understood_is_no_answer(fake: Fake, said: str) -> None:
+    """It was taken for an empty queue: the run was lost, and `cancel` left its job there."""
+    fake("squeue", f"echo '{said}'")
+    answer = ask_queue(["12"])
+    assert (answer.known, answer.silent, answer.jobs) == (False, True, {})
+    assert said.splitlines()[0] in answer.notes[0]
+
+
+@pytest.mark.parametrize("said", ["", "CLUSTER: one", "CLUSTER: one\n99|RUNNING|N/A|N/A|1|None"])
+def test_an_empty_queue_is_an_answer(fake: Fake, said: str) -> None:
+    fake("squeue", f"echo '{said}'")
+    assert ask_queue(["12"]) == Queue(known=True)
+
+
 def test_no_jobs_no_call(fake: Fake) -> None:
     calls = fake("squeue", "true")
     assert ask_queue([]) == Queue()
