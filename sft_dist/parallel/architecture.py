@@ -136,34 +136,42 @@ def read_architecture(tree: Mapping[str, Any], name: str) -> Architecture:
         raise _uncounted(name, kind, f"none of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     try:
-        hidden, heads = int(tree["hidden_size"]), int(tree["num_attention_heads"])
-        kv_heads = int(tree.get("num_key_value_heads") or heads)
-        head_dim = int(tree.get("head_dim") or family.head_dim or hidden // heads)
+        hidden, heads = _count(tree["hidden_size"]), _count(tree["num_attention_heads"])
+        kv_heads = _count(tree.get("num_key_value_heads") or heads)
+        head_dim = _count(tree.get("head_dim") or family.head_dim or hidden // heads)
         query, key = heads * head_dim, kv_heads * head_dim
         widths = {"q": query, "k": key, "v": key, "o": hidden}
         biased = "qkvo" if tree.get("attention_bias") else family.biased
-        ffn = int(tree["intermediate_size"])
+        ffn = _count(tree["intermediate_size"])
         mlp_biases = 2 * ffn + hidden if tree.get("mlp_bias") else 0
         return Architecture(
             family=kind,
             hidden=hidden,
-            layers=int(tree["num_hidden_layers"]),
+            layers=_count(tree["num_hidden_layers"]),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             ffn=ffn,
-            vocab=int(tree["vocab_size"]),
+            vocab=_count(tree["vocab_size"]),
             tied=bool(tree.get("tie_word_embeddings", family.tied)),
             qk_norm=family.qk_norm,
             norms=family.norms,
             biases=sum(widths[letter] for letter in biased) + mlp_biases,
             max_positions=int(tree.get("max_position_embeddings") or 0),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else f"holds what is no number: {error}"
         raise PreflightError(
             f"the config.json of {name} {reason}", hint="the planner reads it as transformers writes it"
         ) from None
+
+
+def _count(value: Any) -> int:
+    """`value` as a number of something. ValueError for nothing, less than nothing, and parts."""
+    number = int(value)
+    if number < 1 or (isinstance(value, float) and number != value):
+        raise ValueError(f"{value} where something is counted")
+    return number
 
 
 def _uncounted(name: str, kind: str, why: str) -> PreflightError:
@@ -198,9 +206,10 @@ def find_config(model: ModelConfig) -> tuple[Mapping[str, Any], str]:
         return known[name], "packaged numbers"
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
+    fetched = "" if folder.is_dir() else f", or fetch it once: hf download {name} config.json"
     raise PreflightError(
         f"the planner knows no config.json of {name}{guess}",
-        hint=f"set model.name to a directory that holds one, or fetch it once: hf download {name} config.json",
+        hint=f"set model.name to a directory that holds one{fetched}",
     )
 
 

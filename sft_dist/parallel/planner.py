@@ -209,7 +209,7 @@ def memory_line(chosen: Estimate) -> str:
     margin = memory.needed - memory.allocated
     verdict = "of" if chosen.fits else "is more than"
     return (
-        f"memory: {parts} = {memory.allocated / GIB:.1f} GiB; with {margin / GIB:.1f} for fragmentation "
+        f"memory: {f'{parts} = ' if parts else ''}{memory.allocated / GIB:.1f} GiB; with {margin / GIB:.1f} for fragmentation "
         f"{memory.needed / GIB:.1f} {verdict} {chosen.usable / GIB:.1f} GiB usable"
     )
 

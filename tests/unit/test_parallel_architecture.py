@@ -157,3 +157,26 @@ def test_an_unknown_model_is_answered_with_the_nearest() -> None:
     with pytest.raises(PreflightError, match=r"did you mean Qwen/Qwen3-8B\?") as refused:
         find_architecture(ModelConfig(name="Qwen/Qwen3-8b"))
     assert "hf download" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": -3},
+        {"vocab_size": 0},
+        {"hidden_size": float("inf")},
+        {"hidden_size": 1024.5},
+        {"intermediate_size": float("nan")},
+    ],
+)
+def test_what_is_no_count_is_named(change: dict[str, Any]) -> None:
+    """A traceback, or a plan for a model of -3 layers."""
+    with pytest.raises(PreflightError, match=r"config\.json of mine holds what is no number"):
+        read_architecture({**LLAMA, **change}, "mine")
+
+
+def test_a_directory_without_a_config_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match=r"no config\.json of") as refused:
+        find_architecture(ModelConfig(name=str(tmp_path)))
+    assert "hf download" not in (refused.value.hint or "")
