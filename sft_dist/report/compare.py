@@ -159,7 +159,7 @@ def _listed(facts: RunFacts, run: RunDir, folder: Path) -> dict[str, Any]:
     step, most = facts.step, number(facts.status.get("max_steps"))
     return {
         "name": facts.name,
-        "href": quote(os.path.relpath(run.report.resolve(), folder)) if run.report.is_file() else None,
+        "href": quote(os.path.relpath(run.report.resolve(), folder)) if _is_there(run.report) else None,
         "state": facts.status.get("state", "unknown"),
         "model": clip(config_value(facts.config_text, "model", "name") or NONE, 200),
         "steps": NONE if step is None else plain(step) + (f" of {plain(int(most))}" if most is not None else ""),
@@ -167,6 +167,13 @@ def _listed(facts: RunFacts, run: RunDir, folder: Path) -> dict[str, Any]:
         "score": f"{first.title}: {first.before.text} to {first.after.text}" if first else NONE,
         "heard": clock(facts.status["updated"]) if "updated" in facts.status else NONE,
     }
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the folder of another user: it is listed as what it is, one whose files cannot be read
+        return False
 
 
 def _last_heard(facts: RunFacts) -> float:

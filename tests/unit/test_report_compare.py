@@ -204,3 +204,24 @@ def test_what_cannot_be_meant_is_refused(
         make(tmp_path, name)
     with pytest.raises(ConfigError, match=said):
         write_reports(names, index=index, out=out)
+
+
+def test_a_run_that_may_not_be_read_does_not_keep_the_others_from_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of another user's in a shared runs folder: `report --index` ended with its name."""
+    runs = [RunDir(tmp_path / name) for name in ("mine", "theirs")]
+    for run in runs:
+        run.path.mkdir()
+        run.status.write_text('{"state": "done"}')
+    is_file = Path.is_file
+
+    def kept(path: Path) -> bool:
+        if path.parent.name == "theirs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", kept)
+    page = write_index(runs, tmp_path / "index.html").read_text()
+    assert "mine" in page
+    assert "theirs" in page
