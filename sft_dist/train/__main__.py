@@ -43,18 +43,33 @@ def open_run(argument: str, adopted: Mapping[str, Any]) -> RunDir:
             return run
     else:
         loaded = load_config(argument)
-        run = create_run(runs_root(loaded.config.run.dir), str(loaded.config.run.name))
+        run = _created(argument, runs_root(loaded.config.run.dir), str(loaded.config.run.name))
         config, provenance = loaded.config, loaded.provenance
     write_text(run.config, write_config(with_values(config, adopted)))
     write_json(run.provenance, {**provenance, **dict.fromkeys(adopted, "accelerate launch")})
     return run
 
 
+def _created(argument: str, root: Path, name: str) -> RunDir:
+    try:
+        return create_run(root, name)
+    except ConfigError as error:
+        there = RunDir(root / name)
+        if not there.config.is_file():
+            raise
+        # What it says is for `sft-dist train`, which takes fields and --overwrite.
+        choices = [f"keep both      another run.name in {argument}", f"replace it     remove {there.quoted} first"]
+        if not (there.model / "DONE").is_file():
+            choices.insert(0, f"go on with it  {there.quoted} in place of {argument}")
+        raise ConfigError(error.message.splitlines()[0], problems=choices) from None
+
+
 def main(arguments: list[str]) -> int:
     """Train; the exit status is that of the error, as `sft-dist` gives it, but for a stopped run under a launcher: 0."""
     log_to_stderr()
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        sys.stderr.write("usage: python -m sft_dist.train RUN_DIR|CONFIG\n")
+        more = "; fields and options are for sft-dist train, here they stand in CONFIG" if len(arguments) > 1 else ""
+        sys.stderr.write(f"usage: python -m sft_dist.train RUN_DIR|CONFIG{more}\n")
         return 2
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun ends its workers unless it is killed itself. They would go on beside the ones of the next attempt.

@@ -72,3 +72,25 @@ def test_the_only_worker_of_a_launcher_hears_a_signal_twice_as_one_of_several_do
             os.kill(os.getpid(), signal.SIGINT)
         raise RunStopped("stopped by SIGINT at step 3")
     assert ("at step 3" in str(left.value)) == launched
+
+
+def test_a_run_that_is_there_already_has_a_way_on_without_options(tmp_path: Path) -> None:
+    """The words of `sft-dist train` were shown: run.name=... and --overwrite, which this command does not take."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("extends: smoke\nrun: {name: here}\n")
+    run = worker.open_run(str(config), {})
+    with pytest.raises(ConfigError, match="already exists") as refused:
+        worker.open_run(str(config), {})
+    said = str(refused.value)
+    assert f"go on with it  {run.quoted} in place of {config}" in said
+    assert "--overwrite" not in said
+    run.model.mkdir()
+    (run.model / "DONE").touch()
+    with pytest.raises(ConfigError) as refused:
+        worker.open_run(str(config), {})
+    assert "go on" not in str(refused.value)
+
+
+def test_overrides_are_told_where_they_belong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert worker.main(["smoke", "run.name=a"]) == 2
+    assert "stand in CONFIG" in capsys.readouterr().err
