@@ -175,14 +175,15 @@ class Masks:
                 if told_apart
                 else (self._text(own, messages, tools), {})
             )
-            refuse_lost(text, messages)
-            turns = turns | spans_of_others(lambda changed: self._text(own, changed, tools), messages, text, self._cuts)
+            again = functools.partial(self._text, own, tools=tools)
+            refuse_lost(again, messages, text)
+            turns = turns | spans_of_others(again, messages, text, self._cuts)
             untrained = tuple(span for turn in turns if not messages[turn].get("train", True) for span in turns[turn])
             weights = tuple((span, messages[turn].get("weight", 1.0)) for turn in turns for span in turns[turn])
             prompt = self._text(own, messages[:start], tools, True) if self.loss_on == "completion" else None
             return _Rendered(text, True, untrained=untrained, prompt=prompt, everything=True, weights=weights)
         text, turns = render_turns(self.tokenizer, self.template, messages, tools)
-        refuse_lost(text, messages)
+        refuse_lost(functools.partial(self._text, self.template.training_text, tools=tools), messages, text)
         weights = tuple((span, messages[turn]["weight"]) for turn in weighted for span in turns[turn])
         prompt = self._text(self.template.training_text, messages[:start], tools, True) if start else None
         chosen = [turn for turn in answers if turn >= start and turn not in refused]

@@ -28,12 +28,14 @@ def refuse_without_effect(messages: Sequence[Message], loss_on: str) -> None:
             )
 
 
-def refuse_lost(text: str, messages: Sequence[Message]) -> None:
-    """Raises ConfigError for what stands in `messages` and not in `text`, though the template knows its name.
+def refuse_lost(render: Callable[[Sequence[Message]], str], messages: Sequence[Message], text: str) -> None:
+    """Raises ConfigError for what stands in `messages` and not in `text`, which `render` makes of them.
 
     Of several answers' reasoning a template may leave out the earlier ones, as it does when it asks.
     """
     for index, message in enumerate(messages):
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            _refuse_passed_over(render, messages, index, text)
         # A template may write anew what encloses reasoning inside of the words.
         words = message["content"].rpartition("</think>")[2].strip() if message.get("tool_calls") else ""
         if words not in text:
@@ -60,6 +62,22 @@ def _thoughts(message: Message) -> list[str]:
     return [thought.strip() for thought in found]  # templates write the white space around it anew
 
 
+def _refuse_passed_over(
+    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], index: int, text: str
+) -> None:
+    # A template may write words in its own way (as JSON, in capitals), but other words must make another text.
+    role = messages[index]["role"]
+    if render(_with_words(messages, index, "other words")) == text:
+        raise ConfigError(
+            f"the chat template leaves out the words of message {index} ({role}): set model.chat_template to one that writes "
+            f"them (chatml does), or take them out of the rows{' and unset data.system' * (role == 'system')}"
+        )
+
+
+def _with_words(messages: Sequence[Message], index: int, words: str) -> list[Message]:
+    return [*messages[:index], {**messages[index], "content": words}, *messages[index + 1 :]]
+
+
 def spans_of_others(
     render: Callable[[Sequence[Message]], str], messages: Sequence[Message], text: str, tokens: re.Pattern[str]
 ) -> dict[int, list[Span]]:
@@ -80,7 +98,7 @@ def _words(render: Callable[[Sequence[Message]], str], messages: Sequence[Messag
     # Rendered with other words in their place, the conversation is the same before and after them, unless the template
     # writes them twice, or more than them depends on them.
     other = next(word for n in itertools.count() if (word := f"WORDS{n}INPLACE") not in text)
-    changed = render([*messages[:index], {**messages[index], "content": other}, *messages[index + 1 :]])
+    changed = render(_with_words(messages, index, other))
     before, found, after = changed.partition(other)
     end = len(text) - len(after)
     if found and len(before) <= end and text.startswith(before) and text.endswith(after) and other not in after:

@@ -444,6 +444,28 @@ def test_what_a_template_knows_by_name_and_leaves_out_is_refused(
             assert (problem or "None") in str(row.problem)
 
 
+def test_a_message_that_the_template_passes_over_is_refused(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path
+) -> None:
+    def problem(template: str, role: str, loss_on: str) -> str:
+        (tmp_path / "own.jinja").write_text(template, encoding="utf-8")
+        tokens = tiny_tokens(chat_template=str(tmp_path / "own.jinja"))
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+        if role == "system":
+            turns.insert(0, {"role": role, "content": 'Say "yes".'})
+        else:
+            turns += [{"role": role, "content": 'A "number".'}, turns[1]]
+        (row,) = rows_of(tokens, parse_row({"messages": turns}, "auto", "here"), loss_on=loss_on)
+        return str(row.problem)
+
+    for passing, role, place in ((UNMARKED, "system", 0), (MARKED, "system", 0), (UNMARKED, "tool", 2)):
+        without = passing.replace("for m in messages", f"for m in messages if m.role != '{role}'")
+        in_its_own_way = passing.replace("{{ m.content }}", "{{ m.content | tojson }}")
+        for loss_on in ("assistant", "all"):
+            assert f"leaves out the words of message {place} ({role})" in problem(without, role, loss_on)
+            assert problem(in_its_own_way, role, loss_on) == "None"
+
+
 # --- the choice of a template ----------------------------------------------------------------------------------------
 
 MARKED = (
