@@ -200,6 +200,13 @@ def _marked_spans(
 
 
 def _refusal(messages: Messages, error: Exception) -> ConfigError:
+    from jinja2.exceptions import TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):  # whatever the rows are
+        return ConfigError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
+            hint="mend it there, or set model.chat_template to another one, such as chatml",
+        )
     roles = ", ".join(str(message.get("role")) for message in messages)
     return ConfigError(
         f"the chat template refuses a conversation with the roles {roles}: {error}",

@@ -519,6 +519,14 @@ def test_an_unreadable_template_file_is_a_config_error(
         choose_template(tiny_tokens().tokenizer, str(tmp_path / "binary.jinja"))
 
 
+@pytest.mark.parametrize("text", [MARKED + "\n{% if", UNMARKED + "\n{% if"], ids=["marked", "unmarked"])
+def test_a_template_that_is_not_jinja_is_named_as_such(
+    tiny_tokens: Callable[..., RunTokenizer], tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"is not valid Jinja: line \d+: "):
+        tiny_tokens(chat_template=template_file(tmp_path, text))
+
+
 def test_the_tokenizers_own_template_with_and_without_markers(tiny_tokens: Callable[..., RunTokenizer]) -> None:
     tokenizer = tiny_tokens().tokenizer
     tokenizer.chat_template = MARKED
