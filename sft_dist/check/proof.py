@@ -32,6 +32,7 @@ def proving(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool) -
     from sft_dist.data.prepare import prepare
     from sft_dist.evaluate.harness import prove_tasks
     from sft_dist.evaluate.held_out import held_out_rows
+    from sft_dist.evaluate.positions import prove_positions
     from sft_dist.train.adapter import prove_adapter
     from sft_dist.train.arguments import sft_config
     from sft_dist.train.loadable import prove_loadable
@@ -54,6 +55,7 @@ def proving(config: Config, run: RunDir, resolved: Resolved, *, for_job: bool) -
     yield Finding("training", "ok", "TRL takes the arguments")
     prove_tasks(config)
     held_out = held_out_rows(config, tokens.tokenizer)
+    prove_positions(config, tokens.tokenizer, prepared, held_out)
     yield Finding("evaluation", "ok", _sets(config, held_out))
     return held_out
 

@@ -12,6 +12,7 @@ from sft_dist.config.schema import GenerationConfig
 from sft_dist.data.template import render
 from sft_dist.evaluate.asked import Asked, by_batches, prompts_at_once
 from sft_dist.evaluate.continuous import BATCHES_AT_ONCE, answers_of
+from sft_dist.evaluate.room import positions, refuse_beyond
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ def generate(
     and sampling draws the same each time.
     """
     encoded = [prompt_ids(tokenizer, prompt, options.enable_thinking) for prompt in prompts]
+    refuse_beyond(positions(model), max(map(len, encoded), default=0), options.max_new_tokens, "asking")
     chosen = settings(model, tokenizer, options)
     # A CPU computes what is padded beside what is not; there batches are as good.
     continuous = options.engine == "continuous" and model.device.type != "cpu"
