@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -189,6 +190,8 @@ def chat(run: RunArgument) -> None:
     loaded = load_for(settings, found, resolved, "after")
     print(HELP, file=sys.stderr)
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a file of another encoding may come through a pipe
     talk(
         settings,
         loaded,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -559,6 +561,15 @@ def test_chat_keeps_the_conversation_until_it_is_reset(finished: RunDir, monkeyp
     assert seen[1].endswith(f"user\nsecond{END}\n<|im_start|>assistant\n")
     assert seen[2] == seen[0].replace("first", "third")
     assert next(lines) == "never"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_takes_text_of_another_encoding_from_a_pipe(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, call_cli: Callable[..., int], errors: str
+) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"gr\xfc\xdfe\n/exit\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert call_cli("chat", finished.path) == 0
 
 
 def test_a_run_that_has_not_kept_its_held_out_rows_reads_them_from_their_source(
