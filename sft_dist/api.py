@@ -14,7 +14,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from sft_dist.config.loader import LoadedConfig, load_config, load_run_config
+from sft_dist.config.problems import validate
 from sft_dist.config.schema import Config, GenerationConfig
 from sft_dist.errors import ConfigError
 from sft_dist.files import read_json
@@ -44,10 +46,10 @@ class Assistant:
     config: Config
 
 
-def load(source: str | LoadedConfig | RunDir) -> Assistant:
+def load(source: str | os.PathLike[str] | LoadedConfig | RunDir) -> Assistant:
     """A model ready to answer: of a run its final one, of a config its base model, else the model of this name.
 
-    A name is what `model.name` takes: embedded:smollm2-135m, a folder, a name on the Hub. A tokenizer without a chat template
+    A name is what `model.name` takes: embedded:smollm2-135m, a folder, a name on the Hub; a run's folder is the run. A tokenizer without a chat template
     gets one (`model.chat_template`). Raises ConfigError or PreflightError if there is no such model, CheckpointError if the
     run has no final model yet.
     """
@@ -55,20 +57,30 @@ def load(source: str | LoadedConfig | RunDir) -> Assistant:
     from sft_dist.parallel.resolve import one_process
     from sft_dist.train.settle import resolve_here
 
+    if isinstance(source, str | os.PathLike) and RunDir(Path(source)).config.is_file():
+        source = RunDir(Path(source))
     run = source if isinstance(source, RunDir) else RunDir(Path())
     if isinstance(source, RunDir):
         config = load_run_config(source.config)
     elif isinstance(source, LoadedConfig):
         config = source.config
     else:
-        config = Config.model_validate({"model": {"name": source}})
+        config = _config_of(source)
     loaded = load_for(
         config, run, resolve_here(one_process(config)), "after" if isinstance(source, RunDir) else "before"
     )
     return Assistant(loaded.model, loaded.tokenizer, config)
 
 
-def ask(assistant: Assistant, questions: Prompt | Sequence[Prompt], **generation: Any) -> str | list[str]:
+def _config_of(name: str | os.PathLike[str]) -> Config:
+    """The config of a model that no config names. Raises ConfigError for what can be no model's name."""
+    config, problems = validate({"model": {"name": os.fspath(name) if isinstance(name, os.PathLike) else name}})
+    if config is None or problems:
+        raise ConfigError("there is no such model", problems=[problem.line for problem in problems])
+    return config
+
+
+def ask(assistant: Assistant, questions: Prompt | Iterable[Prompt], **generation: Any) -> str | list[str]:
     """The answer to one question, or a list of the answers to several, as text without special tokens.
 
     A question is a text, or a conversation as a list of messages. A text is asked as a user's message, behind the config's
@@ -77,8 +89,14 @@ def ask(assistant: Assistant, questions: Prompt | Sequence[Prompt], **generation
     """
     from sft_dist.evaluate.generate import generate
 
-    alone = isinstance(questions, str) or (bool(questions) and isinstance(questions[0], Mapping))
-    several: Sequence[Any] = [questions] if alone else list(questions)
+    if isinstance(questions, Mapping):
+        raise ConfigError(
+            "a single message was asked", hint="a conversation is a list of messages: ask(model, [message])"
+        )
+    several: list[Any] = [questions] if isinstance(questions, str) else list(questions)
+    alone = isinstance(questions, str) or (bool(several) and isinstance(several[0], Mapping))
+    if alone and not isinstance(questions, str):
+        several = [several]
     given = assistant.config.evaluate.generation
     if unknown := generation.keys() - set(GenerationConfig.model_fields):
         raise ConfigError(
@@ -123,13 +141,13 @@ def fine_tune(config: LoadedConfig, *, overwrite: bool = False) -> RunDir:
     return run
 
 
-def compare(run: RunDir | str) -> dict[str, Any]:
+def compare(run: RunDir | str | os.PathLike[str]) -> dict[str, Any]:
     """Show answers and scores before and after training; returns what scores.json holds, {} if nothing was scored."""
     from rich.console import Console
 
     from sft_dist.report.tables import result_tables
 
-    found = find_run(run) if isinstance(run, str) else run
+    found = run if isinstance(run, RunDir) else find_run(os.fspath(run))
     tables = result_tables(found)
     if not tables:
         raise ConfigError(

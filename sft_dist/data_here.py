@@ -44,8 +44,10 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
 
     data = config.data
     examples = load_examples(data.train, system=data.system, on_bad_row=data.on_bad_row)[0]
-    if row > len(examples):
+    if not 1 <= row <= len(examples):
         raise ConfigError(f"--row {row}, but there are {len(examples)} rows", hint=f"choose 1 to {len(examples)}")
+    if rows < 0:
+        raise ConfigError(f"--rows {rows} is below 0", hint="set how many rows the table shows")
     tokens = load_tokenizer(config.model)
     example = examples[row - 1]
     found = next(Masks(tokens.tokenizer, tokens.template, data.trained).rows([example]))

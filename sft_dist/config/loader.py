@@ -9,6 +9,7 @@ earlier one whole. Relative paths: see `layers._locate_files`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,14 @@ class LoadedConfig:
     path: Path | None
 
 
-def load_config(source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """The config in the file `source`, or in the packaged recipe of that name, with `a.b=VALUE` overrides applied.
+def load_config(source: str | os.PathLike[str], overrides: str | Sequence[str] = ()) -> LoadedConfig:
+    """The config in the file `source`, or in the packaged recipe of that name, with `a.b=VALUE` overrides (or one) applied.
 
     Raises ConfigError whose `problems` hold one line for each mistake in the files and the overrides together.
     """
     problems: list[str] = []
-    cli = override_layer(overrides, problems)
+    source = os.fspath(source)
+    cli = override_layer([overrides] if isinstance(overrides, str) else overrides, problems)
     try:
         document = open_document(source)
         layers = document_layers(document, problems)

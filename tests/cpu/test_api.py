@@ -33,6 +33,31 @@ def test_answers_come_as_they_were_asked_for(tiny_model_dir: Path) -> None:
     assert len(many) == 2
 
 
+def test_paths_runs_and_lines_are_taken_as_a_notebook_has_them(trained, tiny_model_dir: Path) -> None:
+    _, run = trained
+    assert sft_dist.load(tiny_model_dir).model.config.vocab_size == sft_dist.load(run).model.config.vocab_size
+    assert sft_dist.load(str(run.path)).config == sft_dist.load(run.path).config == sft_dist.load(run).config
+    assert sft_dist.compare(run.path) == sft_dist.compare(run)
+    again = sft_dist.load_config(run.config, "train.max_steps=4").config
+    assert (again.train.max_steps, again.model.name) == (4, str(tiny_model_dir))
+    base = sft_dist.load(tiny_model_dir)
+    assert len(sft_dist.ask(base, (word for word in ("one", "two")), max_new_tokens=1)) == 2
+
+
+def test_what_cannot_be_is_a_sentence(tiny_model_dir: Path) -> None:
+    for name in ("embedded:nope", None):
+        with pytest.raises(ConfigError, match=r"model\.name"):
+            sft_dist.load(name)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no config file"):
+        sft_dist.load_config(Path("nope.yaml"))
+    config = sft_dist.load_config("smoke", [f"model.name={tiny_model_dir}"])
+    for asked in ({"row": 0}, {"row": -1}, {"row": 65}, {"rows": -1}):
+        with pytest.raises(ConfigError, match=r"--row"):
+            sft_dist.preview(config, **asked)
+    with pytest.raises(ConfigError, match="a list of messages"):
+        sft_dist.ask(sft_dist.load(tiny_model_dir), {"role": "user", "content": "Hi"})  # type: ignore[arg-type]
+
+
 def test_what_is_not_said_of_generation_stays_as_the_config_has_it(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
