@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sft_dist.data.encode import Encoder
 from sft_dist.data.template import render
 from sft_dist.errors import ConfigError
 from sft_dist.evaluate.asked import Asked, by_batches
@@ -43,14 +44,26 @@ def candidate(
     """
     text, templated = prompt_text(tokenizer, prompt, enable_thinking)
     answered, start = _answered(tokenizer, prompt, text, label)
-    encoded = tokenizer(answered, add_special_tokens=not templated, return_offsets_mapping=True)
-    inside = [index for index, (begin, end) in enumerate(encoded["offset_mapping"]) if end > max(begin, start)]
-    if not label.strip() or not inside:
+    ids, first = _tokens_from(tokenizer, answered, start, add_special_tokens=not templated)
+    if not label.strip() or first >= len(ids):
         raise ConfigError(
             f"{what}: {label!r} tokenises to nothing, so it has no likelihood",
             hint="remove it, or write it with characters that the tokenizer knows",
         )
-    return Candidate(list(encoded["input_ids"]), inside[0])
+    return Candidate(ids, first)
+
+
+def _tokens_from(
+    tokenizer: PreTrainedTokenizerBase, text: str, start: int, *, add_special_tokens: bool
+) -> tuple[list[int], int]:
+    """The tokens of `text`, and the first one of what stands from `start` on; their number if none is."""
+    if not tokenizer.is_fast:  # written in Python: it cannot say where its tokens are from
+        (found,) = Encoder(tokenizer).encode([text], add_special_tokens=add_special_tokens)
+        return found.ids.tolist(), found.before(start)
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+    inside = (index for index, (begin, end) in enumerate(places) if end > max(begin, start))
+    return ids, next(inside, len(ids))
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, label: str) -> tuple[str, int]:

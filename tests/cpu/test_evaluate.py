@@ -563,6 +563,30 @@ def test_chat_keeps_the_conversation_until_it_is_reset(finished: RunDir, monkeyp
     assert next(lines) == "never"
 
 
+def test_labels_of_a_tokenizer_that_is_written_in_python(
+    tiny_tokens: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no offsets; its labels begin at the same tokens as if it had."""
+    from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+    tokenizer, prompt = tiny_tokens().tokenizer, [{"role": "user", "content": "Which one, \u9000?"}]
+    asked = [
+        (given, label)
+        for given in (prompt, "Which one:")
+        for label in ("yes", "yes, please", "Gr\u00fc\u00dfe", "\u9000\u6b3e")
+    ]
+    expected = [candidate(tokenizer, given, label) for given, label in asked]
+    template = tokenizer.chat_template
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: False))
+    assert [candidate(tokenizer, given, label) for given, label in asked] == expected
+    by_bytes = ByT5Tokenizer()
+    by_bytes.chat_template = template
+    found = candidate(by_bytes, prompt, "Gr\u00fc\u00dfe")
+    assert by_bytes.decode(found.ids[found.first :]) == "Gr\u00fc\u00dfe"
+    with pytest.raises(ConfigError, match="tokenises to nothing"):
+        candidate(by_bytes, prompt, " ")
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_chat_takes_text_of_another_encoding_from_a_pipe(
     finished: RunDir, monkeypatch: pytest.MonkeyPatch, call_cli: Callable[..., int], errors: str
