@@ -31,9 +31,17 @@ def prompt_text(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, enable_thinking: bool | None = None) -> list[int]:
-    """Token ids of the prompt, with one BOS at most."""
+    """Token ids of the prompt, with one BOS at most and no token of an end."""
     text, templated = prompt_text(tokenizer, prompt, enable_thinking)
-    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    return ids if templated else ids[: len(ids) - ends_with(tokenizer)]
+
+
+def ends_with(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the tokenizer puts behind any plain text ([SEP], </s>): they would say that nothing follows."""
+    alone, whole = (list(tokenizer("x", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    begin = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), None)
+    return 0 if begin is None else len(whole) - begin - len(alone)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from sft_dist.data.encode import Encoder
 from sft_dist.data.template import render
 from sft_dist.errors import ConfigError
 from sft_dist.evaluate.asked import Asked, by_batches
-from sft_dist.evaluate.generate import Prompt, left_pad, prompt_text
+from sft_dist.evaluate.generate import Prompt, ends_with, left_pad, prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +45,8 @@ def candidate(
     text, templated = prompt_text(tokenizer, prompt, enable_thinking)
     answered, start = _answered(tokenizer, prompt, text, label)
     ids, first = _tokens_from(tokenizer, answered, start, add_special_tokens=not templated)
+    if not templated:
+        ids = ids[: len(ids) - ends_with(tokenizer)]
     if not label.strip() or first >= len(ids):
         raise ConfigError(
             f"{what}: {label!r} tokenises to nothing, so it has no likelihood",

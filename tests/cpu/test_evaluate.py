@@ -587,6 +587,22 @@ def test_labels_of_a_tokenizer_that_is_written_in_python(
         candidate(by_bytes, prompt, " ")
 
 
+def test_a_plain_prompt_is_asked_without_the_end_that_some_tokenizers_write(tiny_tokens: Callable[..., Any]) -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny_tokens().tokenizer
+    bare, answered = prompt_ids(tokenizer, "Which one:"), candidate(tokenizer, "Which one:", "yes")
+    begin, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", END))
+    for template in (f"<|im_start|> $A {END}", f"$A {END}", f"$A {END} {END}", "<|im_start|> $A"):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<|im_start|>", begin), (END, end)]
+        )
+        opening = [begin] * template.startswith("<")
+        assert prompt_ids(tokenizer, "Which one:") == [*opening, *bare]
+        found = candidate(tokenizer, "Which one:", "yes")
+        assert (found.ids, found.first) == ([*opening, *answered.ids], len(opening) + answered.first)
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_chat_takes_text_of_another_encoding_from_a_pipe(
     finished: RunDir, monkeypatch: pytest.MonkeyPatch, call_cli: Callable[..., int], errors: str
