@@ -71,6 +71,10 @@ def look_at_folders() -> Iterator[Finding]:
         ("temporary files", Path(tempfile.gettempdir()), "TMPDIR"),
     ):
         yield _folder(name, folder.absolute(), how)
+    asked = os.environ.get("TMPDIR")
+    if asked and not Path(asked).is_dir():
+        said = f"temporary files: TMPDIR is {asked}, which is no folder; Python goes elsewhere, compilers may fail"
+        yield Finding("folders", "note", said, "make it, or unset TMPDIR")
 
 
 def _folder(name: str, folder: Path, how: str) -> Finding:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 
@@ -35,8 +36,20 @@ def look_at_network() -> Finding:
             return Finding("network", "note", f"{address} answers with status {error.code}", fix)
     except (OSError, ValueError) as error:
         why = str(getattr(error, "reason", error))
+        if proxy := _proxy(address):
+            fix = f"correct or unset {proxy.partition(' ')[0]}; or {fix}"
+            return Finding("network", "note", f"{address} does not answer by way of {proxy}: {why}", fix)
         return Finding("network", "note", f"{address} does not answer: {why}", fix)
     return Finding("network", "ok", f"{address} answers")
+
+
+def _proxy(address: str) -> str:
+    """The variable that names a proxy on the way to `address`, and the proxy, without name and password; "" for none."""
+    parts = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return f"{parts.scheme}_proxy ({proxy.rpartition('@')[2]})"
 
 
 def look_at_slurm() -> Finding:

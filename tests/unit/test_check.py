@@ -124,6 +124,15 @@ def test_folders_are_tried_and_left_as_they_were(tmp_path: Path, monkeypatch: py
     assert found["cache"].fix == "name another by SFT_DIST_CACHE"
 
 
+def test_a_temporary_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python passes over it without a word; compilers do not."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    [found] = [it for it in host.look_at_folders() if "TMPDIR is" in it.said]
+    assert (found.level, found.fix) == ("note", "make it, or unset TMPDIR")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert not [it for it in host.look_at_folders() if "TMPDIR is" in it.said]
+
+
 def test_a_folder_in_memory_or_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFT_DIST_RUNS", str(tmp_path))
     monkeypatch.setattr(host, "file_system", lambda path: "tmpfs")
@@ -223,6 +232,20 @@ def test_the_hub_answers(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", answering(status))
     assert surroundings.look_at_network().level == level
+
+
+def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub was said to be silent, which nobody had asked."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    found = surroundings.look_at_network()
+    assert (found.level, "by way of http_proxy (127.0.0.1:9)" in found.said) == ("note", True)
+    assert str(found.fix).startswith("correct or unset http_proxy; or fetch")
+    assert "secret" not in f"{found.said}{found.fix}"
+    monkeypatch.setenv("no_proxy", "hub.invalid")
+    assert "proxy" not in surroundings.look_at_network().said
 
 
 def test_the_hub_does_not_answer(answering: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> None:
