@@ -162,7 +162,8 @@ def seconds_a_step(rows: Sequence[Row]) -> float | None:
     usual = statistics.median(seconds / steps for seconds, steps in pairs)
     # Times are whole seconds: a slow logging_steps=1 run differs by one, a pause by much more.
     usual_pairs = [(seconds, steps) for seconds, steps in pairs if seconds <= 5 * usual * steps + 30]
-    return sum(seconds for seconds, _ in usual_pairs) / sum(steps for _, steps in usual_pairs)
+    # None as long as all of them were logged within one second: no time is left would be said at step 5 of 3,000.
+    return sum(seconds for seconds, _ in usual_pairs) / sum(steps for _, steps in usual_pairs) or None
 
 
 def gpu_hours(

@@ -222,6 +222,7 @@ def test_the_pace_leaves_out_pauses() -> None:
     quick = [(step // 10, step) for step in range(1000)]  # ten steps a second, times of whole seconds
     assert seconds_a_step(rows(*quick)) == pytest.approx(0.1, rel=0.03)
     assert seconds_a_step(rows((0, 10))) is None
+    assert seconds_a_step(rows((7, 1), (7, 2), (7, 3))) is None, "within one second"
     assert seconds_a_step([{"time": "soon", "step": 1}, {"time": 5, "step": "x"}, {}]) is None
 
 
