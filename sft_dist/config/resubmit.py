@@ -24,8 +24,7 @@ def with_slurm(config: Config, overrides: Sequence[str]) -> Config:
     if isinstance(part, dict) and "profile" in part:
         problems.append("slurm.profile   is read when a run is made; name the fields that are to change")
     for section in layer.tree.keys() & {"slurm", "container"}:
-        fields = layer.tree[section]
-        tree[section] = {**tree[section], **fields} if isinstance(fields, dict) else fields
+        _nest(tree, {section: layer.tree[section]})
     changed, mistakes = validate(tree)
     problems += [mistake.line for mistake in mistakes]
     if problems or changed is None:

@@ -136,6 +136,9 @@ def test_a_run_changes_only_how_it_is_submitted(tmp_path: Path) -> None:
     assert (changed.slurm.time, changed.slurm.env, changed.train) == ("2:00:00", {"A": "x"}, config.train)
     (tmp_path / "config.yaml").write_text(write_config(changed))
     assert load_run_config(tmp_path) == changed
+    again = with_slurm(changed, ["slurm.env.B=y", "slurm.extra.nice=3"])
+    assert again.slurm.env == {"A": "x", "B": "y"}, "as in a config: one variable more, and the others stay"
+    assert with_slurm(again, ["slurm.extra.hold=true"]).slurm.extra == {"nice": 3, "hold": True}
     with pytest.raises(ConfigError, match="train   cannot change"):
         with_slurm(config, ["train.max_steps=3"])
 
