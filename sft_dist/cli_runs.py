@@ -191,15 +191,16 @@ def swept(source: str, overrides: Sequence[str], array: Sequence[str]) -> Iterat
         values = parse_yaml(f"[{text}]", "--array") if equals else None
         if not values:
             raise ConfigError(f"--array {word} is not KEY=VALUE,VALUE", hint="--array train.learning_rate=1e-5,2e-5")
-        if key.startswith(("slurm.", "run.")):
-            raise ConfigError(
-                f"--array {key}: the jobs of an array have the same slurm section, and names of their own"
-            )
+        if key.startswith("slurm.") or key in ("run.name", "run.dir"):
+            raise ConfigError(f"--array {key}: an array has one slurm section, one folder, and names of its own")
         axes.append([(key, value) for value in values])
-    name = str(load(source, list(overrides)).config.run.name)
+    name, slugs = str(load(source, list(overrides)).config.run.name), set[str]()
     for point in itertools.product(*axes):
         words = [f"{key.rpartition('.')[2]}-{value}" for key, value in point]
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([name, *words])).strip("-.")[:120]
+        if slug in slugs:
+            raise ConfigError(f"--array makes two runs called {slug}", hint="submit one of them by itself")
+        slugs.add(slug)
         fields = [f"{key}={json.dumps(value)}" for key, value in point]
         yield load(source, [*overrides, *fields, f"run.name={json.dumps(slug)}"])
 

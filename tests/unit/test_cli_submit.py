@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sft_dist import cli_submit
-from sft_dist.errors import RunStopped, SftDistError
+from sft_dist.cli_runs import swept
+from sft_dist.errors import ConfigError, RunStopped, SftDistError
 from sft_dist.files import append_jsonl
 from sft_dist.jobs import queue
 from sft_dist.jobs.queue import Job, Queue
@@ -106,3 +107,15 @@ def test_a_queue_that_is_silent_ends_nothing(answer: Queue, monkeypatch: pytest.
     assert not cli_submit._none_left(["7"], local=False)
     monkeypatch.setattr(queue, "ask_queue", lambda _: Queue(known=True))
     assert cli_submit._none_left(["7"], local=False)
+
+
+def test_an_array_may_sweep_the_seed_and_never_makes_one_run_twice() -> None:
+    """With --overwrite two tasks were at work in one folder."""
+    made = swept("smoke", [], ["run.seed=1,2"])
+    assert [(str(it.config.run.name), it.config.run.seed) for it in made] == [("smoke-seed-1", 1), ("smoke-seed-2", 2)]
+    for twice in ("train.learning_rate=1e-5,1e-05", "data.system=a b,a-b"):
+        with pytest.raises(ConfigError, match="two runs called smoke-"):
+            list(swept("smoke", [], [twice]))
+    for kept in ("run.name=a,b", "run.dir=a,b", "slurm.nodes=1,2"):
+        with pytest.raises(ConfigError, match="an array has one slurm section"):
+            list(swept("smoke", [], [kept]))
