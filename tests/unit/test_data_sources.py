@@ -125,7 +125,11 @@ def test_home_folder_in_path(rows_file, tmp_path, monkeypatch):
         ("prompt,completion,completion\na,b,c\n", "rows.csv", "rows.csv has 2 columns with the name 'completion'"),
         ("prompt\tx\tcompletion\tx\na\tb\tc\td\n", "rows.tsv", "rows.tsv has 2 columns with the name 'x'"),
         (b"prompt,completion\na,caf\xe9\n", "rows.csv", r"rows.csv \(after line 1\) is not UTF-8 text"),
-        (gzip.compress(lines(row()).encode()), "rows.jsonl", r"rows.jsonl holds gzip, not text\n  add the ending .gz"),
+        (
+            gzip.compress(lines(row()).encode(), mtime=0),
+            "rows.jsonl",
+            r"rows.jsonl holds gzip, not text\n  add the ending .gz",
+        ),
         (b"\x28\xb5\x2f\xfd\x04\x00", "rows.csv", r"rows.csv holds zstd, not text\n  add the ending .zst"),
         (b"PAR1\x15\x04", "rows.json", r"rows.json holds Parquet, not text\n  give it the ending .parquet"),
         (b"PK\x03\x04\x14\x00", "rows.xlsx", r"rows.xlsx holds a zip archive, not text\n  .* saved as CSV"),
