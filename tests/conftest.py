@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -93,10 +95,9 @@ def run_cli(tmp_path: Path) -> RunCli:
         input: str | None = None,
         timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
-        merged: dict[str, str | None] = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **(env or {})}
         return subprocess.run(
             [sys.executable, "-m", "sft_dist", *map(str, args)],
-            env={name: value for name, value in merged.items() if value is not None},
+            env=_environment_of_cli(env),
             cwd=cwd,
             # Without input the command reads an empty stdin, so a prompt cannot wait for the developer's terminal.
             input=input or "",
@@ -107,6 +108,39 @@ def run_cli(tmp_path: Path) -> RunCli:
         )
 
     return run
+
+
+@pytest.fixture
+def call_cli() -> RunCli:
+    """Like `run_cli`, but without a process of its own: what a command says and how it ends, without what its start costs.
+
+    For the commands that only look. Everything about processes (signals, encodings, workers) takes `run_cli`, and
+    test_light_imports starts each of these commands in an interpreter of its own.
+    """
+
+    def call(*args: str | Path, env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
+        from sft_dist.cli import main
+
+        words = [*map(str, args)]
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        with (
+            mock.patch.dict(os.environ, _environment_of_cli(env), clear=True),
+            mock.patch.object(sys, "argv", ["sft-dist", *words]),
+            mock.patch.object(sys, "stdin", io.StringIO()),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            main()
+        said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), *said)
+
+    return call
+
+
+def _environment_of_cli(env: Mapping[str, str | None] | None) -> dict[str, str]:
+    merged: dict[str, str | None] = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **(env or {})}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
 @pytest.fixture(scope="session")

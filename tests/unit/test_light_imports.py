@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def light_modules() -> list[str]:
     return [".".join(part for part in names if part != "__init__") for names in parts]
 
 
-def watch(modules: list[str], commands: list[list[str]]) -> dict[str, Any]:
+def watch(modules: list[str], commands: list[list[str]], heavy: Sequence[str] = HEAVY) -> dict[str, Any]:
     """What importing the modules and then running the commands brought in, from one fresh interpreter."""
-    request = json.dumps([HEAVY, modules, commands])
+    request = json.dumps([heavy, modules, commands])
     done = subprocess.run([sys.executable, "-c", WATCHER, request], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -104,6 +105,20 @@ def test_commands_that_only_read_import_nothing_heavy() -> None:
     blamed = {name: seen["blamed"] for name, seen in answer["report"].items() if seen["blamed"]}
     assert not blamed
     assert not answer["loaded"]
+
+
+def test_commands_about_runs_do_without_the_schema(tmp_path: Path) -> None:
+    """They are typed again and again while a run goes on, and the schema would take a third of their time."""
+    run = tmp_path / "runs" / "demo"
+    (run / "logs").mkdir(parents=True)
+    (run / "config.yaml").write_text("run: {}\n")
+    (run / "status.json").write_text('{"state": "done", "step": 1, "max_steps": 1}')
+    (run / "logs" / "rank0.log").write_text("hello\n")
+    commands = [["status"], ["status", "--json"], ["status", "demo"], ["logs", "demo"]]
+    answer = watch([], commands, heavy=(*HEAVY, "sft_dist.config.schema"))
+    assert {name: seen["blamed"] for name, seen in answer["report"].items() if seen["blamed"]} == {}
+    assert "hello" in answer["report"]["logs demo"]["output"]
+    assert answer["loaded"] == []
 
 
 def test_the_watcher_sees_a_heavy_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
