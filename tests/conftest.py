@@ -60,13 +60,31 @@ def session_environment(shared_tmp: Path) -> Iterator[dict[str, str]]:
     _replace_foreign(inherited)
 
 
+@pytest.fixture(scope="session")
+def idle_folders() -> list[Path]:
+    """Empty folders that tests have run in and left empty."""
+    return []
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(
-    session_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session_environment: dict[str, str],
+    idle_folders: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[None]:
-    """Run each test in its own empty folder, and undo what the tested code wrote into os.environ."""
-    monkeypatch.chdir(tmp_path)
-    yield
+    """Run each test in an empty folder, its tmp_path if it has one, and undo what the tested code wrote into os.environ."""
+    if "tmp_path" in request.fixturenames:
+        monkeypatch.chdir(request.getfixturevalue("tmp_path"))
+        yield
+    else:
+        # Most tests write nothing; a folder that is made and removed for each takes longer than all else around a test.
+        folder = idle_folders.pop() if idle_folders else tmp_path_factory.mktemp("idle")
+        monkeypatch.chdir(folder)
+        yield
+        if folder.is_dir() and not any(folder.iterdir()):
+            idle_folders.append(folder)
     _replace_foreign(session_environment)
 
 

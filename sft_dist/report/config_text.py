@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,24 +42,13 @@ def _default(path: str, defaults: Mapping[str, str]) -> str:
 
 def config_value(text: str, section: str, field: str) -> str | None:
     """One value of the YAML `text` as it is written there; None if it is not there or the text is no YAML."""
-    import yaml
-
-    try:
-        tree = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError):
-        return None
-    value = mapping(mapping(tree).get(section)).get(field)
+    value = mapping(mapping(_tree(text)).get(section)).get(field)
     return value if isinstance(value, str) else None
 
 
 def config_list(text: str, *path: str) -> list[str]:
     """The texts of a list in the YAML `text`; [] if it is not there or the text is no YAML."""
-    import yaml
-
-    try:
-        value = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError):
-        return []
+    value = _tree(text)
     for name in path:
         value = mapping(value).get(name)
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
@@ -66,13 +56,18 @@ def config_list(text: str, *path: str) -> list[str]:
 
 def flat_values(text: str) -> dict[str, str]:
     """Every field of the YAML `text` by its dotted path, with its value as one line; {} if the text is no YAML."""
+    return {field: plain(value) for field, value in flatten(mapping(_tree(text))).items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _tree(text: str) -> Any:
+    """The YAML `text` with all values as texts, None if it is no YAML. A report asks six times; nobody changes what comes back."""
     import yaml
 
     try:
-        tree = yaml.load(text, Loader=yaml.BaseLoader)
+        return yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
-        return {}
-    return {field: plain(value) for field, value in flatten(mapping(tree)).items()}
+        return None
 
 
 def _spans(text: str) -> list[tuple[str, int, int]]:

@@ -31,6 +31,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 @functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parsed(path)))
+
+
+@functools.cache
 def repository_files() -> tuple[Path, ...]:
     """Every file that is tracked or would be added; outside a git checkout, every file that is not hidden."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -81,7 +86,7 @@ def function_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def test_functions_are_short() -> None:
     def long(path: Path) -> list[str]:
-        functions = [it for it in ast.walk(parsed(path)) if isinstance(it, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        functions = [it for it in nodes(path) if isinstance(it, (ast.FunctionDef, ast.AsyncFunctionDef))]
         return [
             f"{f.name} (line {f.lineno}): {n} lines" for f in functions if (n := function_lines(f)) > MAX_FUNCTION_LINES
         ]
@@ -95,7 +100,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 def test_only_the_cli_prints() -> None:
     def prints(path: Path) -> list[int]:
-        calls = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+        calls = [node for node in nodes(path) if isinstance(node, ast.Call)]
         return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
     assert set(violations(prints)) <= {"sft_dist/cli.py"}, "print: log it, or return it to cli.py"
@@ -111,7 +116,7 @@ def test_light_modules_raise_instead_of_asserting() -> None:
     def bare(path: Path) -> list[int]:
         if path.relative_to(PACKAGE).parts[0] in HEAVY_ROOMS:
             return []
-        return [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert) and node.msg is None]
+        return [node.lineno for node in nodes(path) if isinstance(node, ast.Assert) and node.msg is None]
 
     assert violations(bare) == {}, "assert without a message: raise an error that says what is wrong"
 
@@ -214,7 +219,7 @@ def module_file(name: str) -> Path | None:
 def imported_names(path: Path) -> Iterator[str]:
     """Dotted names under sft_dist that a file imports anywhere, also inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(parsed(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

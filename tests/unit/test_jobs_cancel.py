@@ -222,7 +222,7 @@ def test_the_mark_stays_where_nothing_can_be_resumed(run_cli: RunCli) -> None:
 def test_looking_does_not_keep_a_run_from_starting() -> None:
     run = made("queued")
     looker = "import sys, time; from pathlib import Path; from sft_dist.rundir import RunDir\n"
-    looker += "end = time.monotonic() + 1.5\nwhile time.monotonic() < end: RunDir(Path(sys.argv[1])).held()"
+    looker += "end = time.monotonic() + 0.5\nwhile time.monotonic() < end: RunDir(Path(sys.argv[1])).held()"
     run.lock.touch()
     with subprocess.Popen([sys.executable, "-c", looker, str(run.path)]) as process:
         starts = 0

@@ -165,7 +165,7 @@ def test_a_signal_that_comes_before_the_workers_waits_for_them(
 
 def test_a_signal_that_comes_while_workers_import_waits_until_they_can_hear(two: Resolved, scripts: Path) -> None:
     """Python and torch need seconds before a worker sets its handlers; until then it ignores what would end torchrun."""
-    slow = f"import pathlib, sys, time\n(pathlib.Path(sys.argv[1]) / f'begun-{{sys.argv[2]}}').touch()\ntime.sleep(1)\n{WORKER}"
+    slow = f"import pathlib, sys, time\n(pathlib.Path(sys.argv[1]) / f'begun-{{sys.argv[2]}}').touch()\ntime.sleep(0.4)\n{WORKER}"
     (scripts / "worker.py").write_text(slow)
     heard: list[int] = []
 
