@@ -92,12 +92,14 @@ def largest_that_fits(job: Job, cluster: Cluster, layout: Layout) -> Estimate:
 
     The smallest one if none fits.
     """
-    tried = [estimate(job, cluster, layout, micro) for micro in micro_batches(job, layout)]
+    tried = []
+    for micro in micro_batches(job, layout):
+        tried.append(estimate(job, cluster, layout, micro))
+        if tried[-1].comfortable:
+            return tried[-1]
     if not tried:  # fewer rows in a step than processes
         return estimate(job, cluster, layout, 1)
-    comfortable = (found for found in tried if found.comfortable)
-    fitting = (found for found in tried if found.fits)
-    return next(comfortable, None) or next(fitting, None) or tried[-1]
+    return next((found for found in tried if found.fits), tried[-1])
 
 
 def micro_batches(job: Job, layout: Layout) -> Iterator[int]:
