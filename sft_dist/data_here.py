@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import Config, ModelConfig
 from sft_dist.errors import ConfigError, DataError, SftDistError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def prepare_here(config: Config) -> dict[str, Any]:
     """Tokenise the config's rows into the cache; returns the ledger."""
     # Libraries speak on stdout while a model is converted, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
+        _leave_out_torch(config.model)
         from sft_dist.data.prepare import prepare
         from sft_dist.train.pretrained import cache_root
         from sft_dist.train.tokenizer import load_tokenizer
@@ -36,6 +38,7 @@ def prepare_here(config: Config) -> dict[str, Any]:
 
 def preview_here(config: Config, rows: int, row: int) -> list[Any]:
     """What `data preview` prints: a table of the first `rows` rows, and the tokens of row number `row`, and what is lost of it."""
+    _leave_out_torch(config.model)
     from sft_dist.data.preview import rows_table, tokens_view
     from sft_dist.data.sources import load_examples
     from sft_dist.data.tokenize import Masks
@@ -55,6 +58,21 @@ def preview_here(config: Config, rows: int, row: int) -> list[Any]:
     texts = pieces(decoder(tokens.tokenizer), ids, trained)
     notes = _untrained(config, found, tokens.tokenizer.eos_token_id)
     return [rows_table(examples, rows), tokens_view(texts, trained, title=example.where, notes=notes)]
+
+
+def _leave_out_torch(model: ModelConfig) -> None:
+    """Have the libraries do without torch in a process of ours: no tokenizer needs it, and its import takes the longest by far.
+
+    Called before transformers is imported, which looks for torch once.
+    """
+    from sft_dist.process import leave_out
+    from sft_dist.train.pretrained import resolve_model
+
+    if model.trust_remote_code:  # its own code may need anything
+        return
+    resolve_model(model.tokenizer or model.name)  # an embedded model that is not there yet is built, with torch
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    leave_out(["torch"])
 
 
 def _untrained(config: Config, row: MaskedRow, eos: int | None) -> list[str]:

@@ -129,7 +129,7 @@ def run_cli(tmp_path: Path) -> RunCli:
 
 
 @pytest.fixture
-def call_cli() -> RunCli:
+def ask_cli() -> RunCli:
     """Like `run_cli`, but without a process of its own: what a command says and how it ends, without what its start costs.
 
     For the commands that only look. Everything about processes (signals, encodings, workers) takes `run_cli`, and

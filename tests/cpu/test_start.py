@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from sft_dist import data_here, process
 from sft_dist.config.loader import load_config
+from sft_dist.config.schema import ModelConfig
+from sft_dist.data_here import prepare_here
 from sft_dist.errors import ConfigError, PreflightError
 from sft_dist.files import read_jsonl
 from sft_dist.parallel.machine import Gpu, Machine
@@ -221,3 +224,39 @@ def test_what_libraries_print_while_a_run_is_proven_is_no_result(
     out, err = capsys.readouterr()
     assert out == ""
     assert "no accelerator detected" in err
+
+
+WITHOUT_TORCH = """
+import sys
+from sft_dist.process import begin
+begin()
+from sft_dist.cli import main
+sys.argv[0] = "sft-dist"
+try:
+    main()
+finally:
+    print("torch:", sys.modules.get("torch"))
+"""
+
+
+@pytest.mark.parametrize("verb", ["prepare", "preview"])
+def test_rows_are_prepared_and_shown_without_torch_and_are_those_that_a_run_trains_on(
+    verb: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """torch takes most of the seconds that an answer from the cache takes. A run has it when it asks for its rows."""
+    rows = prepare_here(load_config("smoke").config)
+    assert sys.modules["torch"] is not None
+    command = [sys.executable, "-c", WITHOUT_TORCH, "data", verb, "smoke"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    said, _, torch = done.stdout.partition("torch: ")
+    assert (done.returncode, torch) == (0, "None\n"), done.stderr
+    assert "PyTorch" not in done.stderr
+    assert verb == "preview" or json.loads(said) == rows
+
+
+def test_a_tokenizer_with_code_of_its_own_may_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out: list[str] = []
+    monkeypatch.setattr(process, "leave_out", left_out.extend)
+    for trusted, expected in ((True, []), (False, ["torch"])):
+        data_here._leave_out_torch(ModelConfig(name="someone/model", trust_remote_code=trusted))
+        assert left_out == expected

@@ -167,24 +167,24 @@ def test_what_cannot_be_read_does_not_hide_the_rest(run: RunDir) -> None:
     assert all_lines(run, tail=1) == [("n1", "here")]
 
 
-def test_the_command_prints_with_labels(run: RunDir, run_cli: RunCli, call_cli: RunCli) -> None:
+def test_the_command_prints_with_labels(run: RunDir, run_cli: RunCli, ask_cli: RunCli) -> None:
     write(run, "slurm/12_0_log.out", "step 1\nstep 2\n漢\n")
     write(run, "slurm/12_1_log.out", "\x1b[31mhello\n")
-    done = call_cli("logs", run.path)
+    done = ask_cli("logs", run.path)
     assert (done.returncode, done.stdout) == (0, "n0| step 1\nn0| step 2\nn0| 漢\nn1| hello\n")
     done = run_cli("logs", run.path, "--rank", "0", "--tail", "1", env={"PYTHONIOENCODING": "ascii"})
     assert done.stdout == "n0| \\u6f22\n"
 
 
-def test_a_run_without_logs_says_so(run: RunDir, call_cli: RunCli) -> None:
-    done = call_cli("logs", run.path)
+def test_a_run_without_logs_says_so(run: RunDir, ask_cli: RunCli) -> None:
+    done = ask_cli("logs", run.path)
     assert (done.returncode, done.stdout) == (0, "")
     assert "no log files" in done.stderr
     assert "not kept in a file" in done.stderr
     write(run, "slurm/job.json", '{"jobs": [{"job_id": "12"}]}')
-    assert "the nodes do not see this folder" in call_cli("logs", run.path).stderr
+    assert "the nodes do not see this folder" in ask_cli("logs", run.path).stderr
     write(run, "slurm/12_0_log.out", "step 1\n")
-    assert "of node or rank 7" in (said := call_cli("logs", run.path, "--rank", "7").stderr)
+    assert "of node or rank 7" in (said := ask_cli("logs", run.path, "--rank", "7").stderr)
     assert "there are logs of others" in said
 
 

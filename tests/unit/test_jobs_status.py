@@ -280,7 +280,7 @@ def test_the_last_log_event_may_know_a_later_step(slurm: Callable[..., Path], st
     assert look([run])[0][0].step == 5
 
 
-def test_one_bad_run_does_not_hide_the_others(slurm: Callable[..., Path], run_cli: RunCli, call_cli: RunCli) -> None:
+def test_one_bad_run_does_not_hide_the_others(slurm: Callable[..., Path], run_cli: RunCli, ask_cli: RunCli) -> None:
     slurm(squeue="")
     good = made("good", {"state": "done"})
     append_jsonl(good.metrics, {"step": 9, "loss": 0.25})
@@ -325,15 +325,15 @@ def test_one_bad_run_does_not_hide_the_others(slurm: Callable[..., Path], run_cl
     assert "\x1b" not in done.stdout
     assert "\u202e" not in done.stdout
     assert done.stdout.count("unknown") >= 5
-    facts = json.loads(call_cli("status", "--json").stdout)["runs"]
+    facts = json.loads(ask_cli("status", "--json").stdout)["runs"]
     assert {it["name"]: it["loss"] for it in facts}["good"] == 0.25
     for name in ("types", "rows", hostile, "loop", "deep"):
-        one = call_cli("status", Path("runs") / name)
+        one = ask_cli("status", Path("runs") / name)
         assert (one.returncode, one.stderr) == (0, ""), name
         assert "\x1b" not in one.stdout
 
 
-def test_one_run_is_shown_with_its_attempts_and_what_to_type(slurm: Callable[..., Path], call_cli: RunCli) -> None:
+def test_one_run_is_shown_with_its_attempts_and_what_to_type(slurm: Callable[..., Path], ask_cli: RunCli) -> None:
     slurm(squeue="12|PENDING|2099-01-01T00:00:00|N/A|2|Resources")
     run = made("demo", {"state": "stopped", "checkpoint": "checkpoint-5"}, job=JOB)
     line = {"attempt": 1, "start": ago(7200).isoformat(), "end": ago(3600).isoformat(), "job_id": "12"}
@@ -341,7 +341,7 @@ def test_one_run_is_shown_with_its_attempts_and_what_to_type(slurm: Callable[...
         run.attempts,
         {**line, "first_step": 0, "last_step": 5, "ended": "stopped", "reason": "by SIGUSR2", "decided": "requeue"},
     )
-    done = call_cli("status", "demo")
+    done = ask_cli("status", "demo")
     assert done.returncode == 0
     head, row = done.stdout.splitlines()[:2]
     assert head.split() == ["run", "state", "step", "loss", "left", "job", "nodes", "tries", "GPU", "h", "heard", "why"]
@@ -372,65 +372,65 @@ def test_what_to_type_next(said: str, job: Any, command: str) -> None:
     assert status.next_command == command
 
 
-def test_folders_and_names_can_be_given(call_cli: RunCli) -> None:
+def test_folders_and_names_can_be_given(ask_cli: RunCli) -> None:
     for name in ("a", "b"):
         made(name, {"state": "done"})
     Path("runs").rename("elsewhere")
     made("c", {"state": "done"})
 
     def names(*words: str) -> list[str]:
-        return [it["name"] for it in json.loads(call_cli("status", "--json", *words).stdout)["runs"]]
+        return [it["name"] for it in json.loads(ask_cli("status", "--json", *words).stdout)["runs"]]
 
     assert names() == ["c"]
     assert names("elsewhere") == ["a", "b"]
     assert names("elsewhere/a", "c", "elsewhere/a") == ["a", "c"]
-    wrong = call_cli("status", "d")
+    wrong = ask_cli("status", "d")
     assert wrong.returncode == 2
     assert "no run named 'd'" in wrong.stderr
 
 
-def test_no_runs_is_no_error(call_cli: RunCli) -> None:
-    done = call_cli("status")
+def test_no_runs_is_no_error(ask_cli: RunCli) -> None:
+    done = ask_cli("status")
     assert (done.returncode, done.stdout) == (0, "")
     assert "there are no runs in runs" in done.stderr
-    assert json.loads(call_cli("status", "--json").stdout) == {"runs": [], "notes": []}
+    assert json.loads(ask_cli("status", "--json").stdout) == {"runs": [], "notes": []}
 
 
-def test_an_ill_slurm_is_a_note(slurm: Callable[..., Path], call_cli: RunCli, tmp_path: Path) -> None:
+def test_an_ill_slurm_is_a_note(slurm: Callable[..., Path], ask_cli: RunCli, tmp_path: Path) -> None:
     slurm(squeue="")
     (tmp_path / "bin" / "squeue").write_text(
         "#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n", encoding="utf-8"
     )
     slurm(sacct="")
     made("a", {"state": "running"}, job=JOB)
-    done = call_cli("status")
+    done = ask_cli("status")
     assert done.returncode == 0
     assert done.stderr == "note: squeue: Unable to contact slurm controller\n"
     assert "running" in done.stdout
 
 
-def test_the_last_failure_is_shown_with_its_evidence(call_cli: RunCli) -> None:
+def test_the_last_failure_is_shown_with_its_evidence(ask_cli: RunCli) -> None:
     run = made("a", {"state": "failed", "reason": "the disk is full, on rank 3 (n2): free some"})
     found = {"kind": "disk", "sentence": "the disk is full", "evidence": "OSError: \x1b[31m[Errno 28]", "rank": 3}
     append_jsonl(run.attempts, {"attempt": 1, "ended": "failed", "failure": found, "decided": "over: disk"})
-    shown = call_cli("status", "a").stdout
+    shown = ask_cli("status", "a").stdout
     assert "the disk is full, on rank 3 (n2): free some" in " ".join(shown.split())
     assert "disk  rank 3  said: OSError:" in shown
     assert "\x1b[31m" not in shown
     for odd in (3, {"kind": ["x"], "rank": {}}, {}):
         append_jsonl(run.attempts, {"attempt": 2, "ended": "failed", "failure": odd})
-        assert call_cli("status", "a").returncode == 0
+        assert ask_cli("status", "a").returncode == 0
 
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_a_narrow_terminal_sees_names_and_reasons_and_goes_without_other_columns(
-    call_cli: RunCli, slurm: Callable[..., Path], width: int
+    ask_cli: RunCli, slurm: Callable[..., Path], width: int
 ) -> None:
     name = "sweep-of-learning-rates"
     job = {"job_id": "12345678", "cluster": "c"}
     made(name, {"state": "failed", "step": 12000, "max_steps": 120000, "reason": "out of memory"}, job=job)
     slurm(squeue="", sacct="")
-    lines = call_cli("status", env={"COLUMNS": str(width)}).stdout.splitlines()
+    lines = ask_cli("status", env={"COLUMNS": str(width)}).stdout.splitlines()
     assert all(len(line.rstrip()) <= width for line in lines)
     titles = lines[0].split()
     assert [it for it in ("run", "state", "step", "left", "why") if it not in titles] == []

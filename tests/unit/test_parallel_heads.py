@@ -60,17 +60,17 @@ def test_heads_of_a_kind_of_model_that_the_planner_cannot_count(tmp_path: Path) 
     check_heads(shared(4, "someone/not-here-yet"))
 
 
-def test_the_commands_say_so(run_cli: Any, call_cli: Any) -> None:
+def test_the_commands_say_so(run_cli: Any, ask_cli: Any) -> None:
     sizes = (
         "model.name=embedded:tiny",
         "parallel.plan=zero3",
         "parallel.num_processes=8",
         "parallel.sequence_parallel_size=8",
     )
-    shown = call_cli("config", "smoke", *sizes)
+    shown = ask_cli("config", "smoke", *sizes)
     assert "# here: this machine cannot run it: parallel.sequence_parallel_size is 8, but" in shown.stdout
     assert "# here: set parallel.sequence_parallel_size=4" in shown.stdout
-    planned = call_cli("plan", "smoke", *sizes, "--gpus", "8", "--gpu", "h100")
+    planned = ask_cli("plan", "smoke", *sizes, "--gpus", "8", "--gpu", "h100")
     assert "cannot deal out 4 attention heads and 2 key/value heads" in planned.stdout
     trained = run_cli("train", "smoke", *sizes)
     assert trained.returncode == 2

@@ -313,8 +313,8 @@ OUTPUT = {
 }
 
 
-def test_the_command_as_data(call_cli: Any) -> None:
-    done = call_cli("plan", "qwen3-8b-zero3", "--gpus", "8", "--gpu", "h100", "--json")
+def test_the_command_as_data(ask_cli: Any) -> None:
+    done = ask_cli("plan", "qwen3-8b-zero3", "--gpus", "8", "--gpu", "h100", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     jsonschema.validate(told, OUTPUT)
@@ -322,7 +322,7 @@ def test_the_command_as_data(call_cli: Any) -> None:
     assert (chosen["plan"], chosen["fits"]) == ("zero3", True)
 
 
-def test_the_command_in_words(run_cli: Any, call_cli: Any) -> None:
+def test_the_command_in_words(run_cli: Any, ask_cli: Any) -> None:
     done = run_cli("plan", "qwen3-8b-lora", "--gpus", "2", "--gpu", "h100", "--nodes", "2")
     assert done.returncode == 0, done.stderr
     marked = [line for line in done.stdout.splitlines() if line.strip().startswith(">")]
@@ -336,14 +336,14 @@ def test_the_command_in_words(run_cli: Any, call_cli: Any) -> None:
         "files:",
     ):
         assert words in done.stdout
-    narrow = call_cli("plan", "demo", "--gpu", "h100", env={"COLUMNS": "80"})
+    narrow = ask_cli("plan", "demo", "--gpu", "h100", env={"COLUMNS": "80"})
     assert narrow.stdout.count("recompute") == 2, "two tables instead of one"
     assert all(len(line) <= 80 for line in narrow.stdout.split("parallel.plan")[0].splitlines()[4:])
 
 
-def test_the_files_are_named_where_a_run_writes_them(call_cli: Any, tmp_path: Path) -> None:
+def test_the_files_are_named_where_a_run_writes_them(ask_cli: Any, tmp_path: Path) -> None:
     def files(*overrides: str, **env: str | None) -> list[str]:
-        done = call_cli("plan", "qwen3-8b-zero3", *overrides, "--gpus", "8", "--gpu", "h100", "--json", env=env)
+        done = ask_cli("plan", "qwen3-8b-zero3", *overrides, "--gpus", "8", "--gpu", "h100", "--json", env=env)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["files"]  # type: ignore[no-any-return]
 
@@ -352,8 +352,8 @@ def test_the_files_are_named_where_a_run_writes_them(call_cli: Any, tmp_path: Pa
     assert f"{tmp_path}/eight/model/" in files(f"run.dir={tmp_path}", "run.name=eight")
 
 
-def test_without_a_gpu_it_plans_for_one_and_says_so(call_cli: Any) -> None:
-    done = call_cli("plan", "demo", env={"CUDA_VISIBLE_DEVICES": ""})
+def test_without_a_gpu_it_plans_for_one_and_says_so(ask_cli: Any) -> None:
+    done = ask_cli("plan", "demo", env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     assert "no GPU is visible here: planned for h100" in done.stdout
 
@@ -366,8 +366,8 @@ def test_without_a_gpu_it_plans_for_one_and_says_so(call_cli: Any) -> None:
         (("demo", "--gpus", "0"), 2, "gpus"),
     ],
 )
-def test_mistakes(call_cli: Any, arguments: tuple[str, ...], status: int, words: str) -> None:
-    done = call_cli("plan", *arguments)
+def test_mistakes(ask_cli: Any, arguments: tuple[str, ...], status: int, words: str) -> None:
+    done = ask_cli("plan", *arguments)
     assert done.returncode == status
     assert words in done.stderr
 
