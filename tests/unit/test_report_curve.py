@@ -114,13 +114,13 @@ def test_nothing_to_draw():
 
 
 def test_the_report_of_a_long_run_has_at_most_a_thousand_points_a_curve(run):
-    events = [json.dumps({"step": step, "loss": 2.0 / (1 + step)}) for step in range(100_000)]
-    events += [json.dumps({"step": 99_999, "eval_loss": 0.5})]
+    events = [json.dumps({"step": step, "loss": 2.0 / (1 + step)}) for step in range(20_000)]
+    events += [json.dumps({"step": 19_999, "eval_loss": 0.5})]
     write_text(run.metrics, "\n".join(events) + "\n")
     html = write_report(run).read_text()
     train, evaluation = re.findall(r'data-values="([^"]*)"', html)
     assert 900 < len(json.loads(train)) <= 1000
-    assert json.loads(evaluation) == [[99999, 0.5]]
+    assert json.loads(evaluation) == [[19999, 0.5]]
     assert "at most 1,000 points" in html
     assert len(html) < 150_000
 
