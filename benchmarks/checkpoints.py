@@ -31,7 +31,7 @@ from torch.utils.serialization import config as serialization
 from sft_dist.config.schema import CheckpointConfig
 from sft_dist.files import sync_path, utc_now, write_json
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import BESIDE, MANIFEST, _digest, seal, settled
+from sft_dist.train.manifest import BESIDE, MANIFEST, _digest, seal, settled
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.saving import WITHOUT_CRC, Saves
 

@@ -31,7 +31,8 @@ from sft_dist.config.loader import load_run_config, write_config
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.parallel.adopt import with_values
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, list_checkpoints, size_of
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import MANIFEST, size_of
 
 
 def main() -> None:

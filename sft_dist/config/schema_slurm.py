@@ -27,7 +27,7 @@ class SlurmConfig(Section):
     nodes: Count = 1
     """Nodes of the job."""
     gpus_per_node: Annotated[int, Field(ge=0)] | str | None = None
-    """GPUs of each node: a number, or KIND:NUMBER as in `h100:8`; 0 or not set trains on the CPU."""
+    """GPUs of each node: a number, or KIND:NUMBER as in `h100:8`; 0 trains on the CPU, and so does not set unless `extra` has `gres: gpu:NUMBER`."""
     gpu: str | None = None
     """Kind of the GPUs, for the planner: h100, h200, a100-80, ...; that of `gpus_per_node` if not set."""
     cpus_per_task: Count | None = None

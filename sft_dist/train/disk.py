@@ -22,7 +22,8 @@ from sft_dist.parallel.resolve import Resolved
 from sft_dist.parallel.storage import checkpoint_bytes
 from sft_dist.parallel.weights import weights_of
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import discard, newest_facts, size_of
+from sft_dist.train.checkpoint import discard, newest_facts
+from sft_dist.train.manifest import size_of
 from sft_dist.train.ranks import MainFailed, Ranks
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from sft_dist.parallel.machine import Machine
 from sft_dist.parallel.predicted import compare, predicted
 from sft_dist.parallel.resolve import Resolved
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 # Steps that are not counted: the first ones compile, make the optimizer's states and find their memory.

@@ -17,7 +17,8 @@ from sft_dist.files import read_json, utc_now, write_json
 from sft_dist.parallel.decide import WHOLE
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
-from sft_dist.train.checkpoint import MANIFEST, newest_complete, set_aside
+from sft_dist.train.checkpoint import newest_complete, set_aside
+from sft_dist.train.manifest import MANIFEST
 from sft_dist.train.ranks import Ranks
 
 log = logging.getLogger(__name__)

@@ -25,9 +25,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from sft_dist.config.schema import CheckpointConfig
 from sft_dist.errors import SftDistError
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, Share, gathered, rotate, seal, settled
+from sft_dist.train.checkpoint import rotate
 from sft_dist.train.disk import Need, agree_on_room, agree_on_writing, note_in_engine, shortage
 from sft_dist.train.heartbeat import phase
+from sft_dist.train.manifest import MANIFEST, Share, gathered, seal, settled
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.step_facts import WatchedTrainer
 

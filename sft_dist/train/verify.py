@@ -9,7 +9,8 @@ from typing import Any, Literal
 from sft_dist.errors import CheckpointError
 from sft_dist.files import read_json
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, SET_ASIDE, damage, list_checkpoints, size_of
+from sft_dist.train.checkpoint import SET_ASIDE, list_checkpoints
+from sft_dist.train.manifest import MANIFEST, damage, size_of
 
 STATES = Literal["complete", "unfinished", "damaged", "set aside"]
 

@@ -12,16 +12,9 @@ import pytest
 
 from sft_dist.files import read_json
 from sft_dist.rundir import RunDir
-from sft_dist.train import checkpoint
-from sft_dist.train.checkpoint import (
-    MANIFEST,
-    SET_ASIDE,
-    damage,
-    list_checkpoints,
-    newest_complete,
-    rotate,
-    write_manifest,
-)
+from sft_dist.train import checkpoint, manifest
+from sft_dist.train.checkpoint import SET_ASIDE, list_checkpoints, newest_complete, rotate
+from sft_dist.train.manifest import MANIFEST, damage, write_manifest
 from sft_dist.train.ranks import Ranks
 
 FILES = {
@@ -118,7 +111,7 @@ def test_a_checkpoint_that_nobody_could_look_at_is_not_set_aside(
     def kept(path: Path) -> str:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("sft_dist.train.checkpoint._digest", kept)
+    monkeypatch.setattr("sft_dist.train.manifest._digest", kept)
     with pytest.raises(OSError, match=os.strerror(number)):
         newest_complete(run)
     assert [path for _, path in list_checkpoints(run)] == [newer, older]
@@ -130,7 +123,7 @@ def test_what_the_disk_cannot_read_is_damage(run: RunDir, monkeypatch: pytest.Mo
     def broken(path: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr("sft_dist.train.checkpoint._digest", broken)
+    monkeypatch.setattr("sft_dist.train.manifest._digest", broken)
     assert "Input/output error" in str(damage(folder))
 
 
@@ -273,7 +266,7 @@ def test_half_a_removed_checkpoint_never_bears_its_name_and_goes_with_the_next_r
 def test_every_file_and_folder_is_on_the_disk_before_the_manifest(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(run, 5, manifest=False)
     done: list[str] = []
-    sync, write = checkpoint.sync_path, checkpoint.write_json
+    sync, write = manifest.sync_path, manifest.write_json
 
     def synced(path: Path) -> None:
         sync(path)
@@ -283,8 +276,8 @@ def test_every_file_and_folder_is_on_the_disk_before_the_manifest(run: RunDir, m
         write(path, value)
         done.append(path.name)
 
-    monkeypatch.setattr(checkpoint, "sync_path", synced)
-    monkeypatch.setattr(checkpoint, "write_json", written)
+    monkeypatch.setattr(manifest, "sync_path", synced)
+    monkeypatch.setattr(manifest, "write_json", written)
     write_manifest(folder, 5, {})
     name = folder.name
     before, after = done[: done.index(MANIFEST)], done[done.index(MANIFEST) + 1 :]
@@ -305,5 +298,5 @@ def test_what_is_set_aside_says_why(run: RunDir) -> None:
 def test_processes_share_the_files_and_each_learns_what_another_found(run: RunDir) -> None:
     folder = save(run, 5)
     flip(folder / "optimizer.pt")
-    found = [checkpoint._damage(folder, Ranks(rank, 3)) for rank in range(3)]
+    found = [manifest._damage(folder, Ranks(rank, 3)) for rank in range(3)]
     assert sorted(filter(None, found)) == ["optimizer.pt has changed since it was written"]

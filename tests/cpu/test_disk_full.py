@@ -16,7 +16,8 @@ from sft_dist.files import read_json, read_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
 from sft_dist.train import disk, saving
-from sft_dist.train.checkpoint import MANIFEST, damage, list_checkpoints, size_of
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import MANIFEST, damage, size_of
 from sft_dist.train.progress import Progress
 
 NewRun = Callable[..., RunDir]

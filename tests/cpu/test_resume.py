@@ -22,7 +22,8 @@ from sft_dist.errors import CheckpointError, RunStopped
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
-from sft_dist.train.checkpoint import damage, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import damage
 
 NewRun = Callable[..., RunDir]
 CallCli = Callable[..., int]

@@ -18,7 +18,7 @@ from sft_dist.config.schema import CheckpointConfig
 from sft_dist.files import read_json
 from sft_dist.rundir import RunDir
 from sft_dist.train import saving
-from sft_dist.train.checkpoint import MANIFEST, damage
+from sft_dist.train.manifest import MANIFEST, damage
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.saving import Saves, SavingTrainer
 from sft_dist.train.step_facts import WatchedTrainer

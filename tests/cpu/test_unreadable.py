@@ -17,7 +17,8 @@ from sft_dist.files import read_json, read_jsonl
 from sft_dist.rundir import RunDir
 from sft_dist.stages import run_here
 from sft_dist.train import universal
-from sft_dist.train.checkpoint import MANIFEST, SET_ASIDE, damage, list_checkpoints, write_manifest
+from sft_dist.train.checkpoint import SET_ASIDE, list_checkpoints
+from sft_dist.train.manifest import MANIFEST, damage, write_manifest
 from sft_dist.train.ranks import Ranks
 from sft_dist.train.resume import unreadable
 

@@ -17,7 +17,8 @@ from sft_dist.errors import ConfigError
 from sft_dist.files import read_json, read_jsonl
 from sft_dist.jobs.launcher import children
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import damage, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import damage
 
 TinyRun = Callable[..., RunDir]
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -9,7 +9,8 @@ import pytest
 
 from sft_dist.files import read_jsonl
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import damage, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import damage
 
 TinyRun = Callable[..., RunDir]
 Launch = Callable[..., str]

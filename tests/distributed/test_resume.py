@@ -18,7 +18,8 @@ from sft_dist.files import read_json, read_jsonl
 from sft_dist.parallel.adopt import with_values
 from sft_dist.rundir import RunDir
 from sft_dist.train import universal
-from sft_dist.train.checkpoint import MANIFEST, damage, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import MANIFEST, damage
 
 TinyRun = Callable[..., RunDir]
 Launch = Callable[..., str]

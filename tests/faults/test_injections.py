@@ -22,7 +22,8 @@ from sft_dist.files import read_jsonl, write_json
 from sft_dist.jobs.launcher import children
 from sft_dist.jobs.stacks import catches, state_of
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import damage, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import damage
 
 if TYPE_CHECKING:
     from tests.faults.conftest import MakeRun, Server

@@ -24,7 +24,8 @@ from sft_dist.jobs.decision import decide
 from sft_dist.jobs.failures import Failure
 from sft_dist.parallel.adopt import with_values
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import damage, list_checkpoints
+from sft_dist.train.checkpoint import list_checkpoints
+from sft_dist.train.manifest import damage
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Life, MakeRun, Server

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES = 250
 MAX_FUNCTION_LINES = 60
 # Files behind train/worker.py, by room ("" is the package itself): growth shows where it happens.
-MAX_WORKER_FILES = {"": 4, "config": 17, "data": 8, "jobs": 3, "parallel": 25, "train": 37}
+MAX_WORKER_FILES = {"": 4, "config": 17, "data": 8, "jobs": 3, "parallel": 25, "train": 38}
 # Rooms that may use the heavy libraries at module level; everything else works on a login node.
 HEAVY_ROOMS = {"data", "train", "evaluate"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

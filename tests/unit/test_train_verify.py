@@ -11,7 +11,8 @@ import pytest
 
 from sft_dist.cli import main
 from sft_dist.rundir import RunDir
-from sft_dist.train.checkpoint import MANIFEST, set_aside, write_manifest
+from sft_dist.train.checkpoint import set_aside
+from sft_dist.train.manifest import MANIFEST, write_manifest
 
 CONTENT = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"states" * 100, "deep/er/part": b"x" * 64}
 

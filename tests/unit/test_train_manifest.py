@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sft_dist.files import read_json
-from sft_dist.train import checkpoint as module
-from sft_dist.train.checkpoint import MANIFEST, damage, write_manifest
+from sft_dist.train import manifest as module
+from sft_dist.train.manifest import MANIFEST, damage, write_manifest
 from sft_dist.train.ranks import Ranks
 
 SIZE = 3
