@@ -37,8 +37,11 @@ def table_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 LONG = "a, " * 100
 
 
-def prove(tmp_path: Path, table_dir: Path, *fields: str, answer: str = "Hello!", asked: str = "Hi") -> None:
-    """Prove a config whose training row has this answer, beside a file asked.jsonl with a row of such a question."""
+def prove(tmp_path: Path, table_dir: Path, *fields: str, answer: str = "Hello!", asked: str = "Hi") -> list[int]:
+    """Prove a config whose training row has this answer, beside a file asked.jsonl with a row of such a question.
+
+    How many held-out rows each set has.
+    """
     for name, words in (("rows", ("Hi", answer)), ("asked", (asked, "Hello!"))):
         turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant"), words, strict=True)]
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
@@ -54,15 +57,17 @@ def prove(tmp_path: Path, table_dir: Path, *fields: str, answer: str = "Hello!",
             *fields,
         ],
     )
-    stages.prove_here(loaded.config, stages.RunDir(tmp_path / "runs" / "one"))
+    held_out = stages.prove_here(loaded.config, stages.RunDir(tmp_path / "runs" / "one"))
+    return [len(rows) for rows in held_out.values()]
 
 
 def test_rows_and_questions_that_fit_are_taken(tmp_path: Path, table_dir: Path) -> None:
     questions = "evaluate.questions=[Hello]"
-    prove(tmp_path, table_dir, questions)
-    prove(tmp_path, table_dir, questions, "data.max_length=64", answer=LONG)
-    prove(tmp_path, table_dir, "data.max_length=64", "data.packing=true", "data.packing_overflow=split", answer=LONG)
-    prove(tmp_path, table_dir, "evaluate.data=asked.jsonl")
+    split = ("data.max_length=64", "data.packing=true", "data.packing_overflow=split")
+    assert prove(tmp_path, table_dir, questions) == []
+    assert prove(tmp_path, table_dir, questions, "data.max_length=64", answer=LONG) == []
+    assert prove(tmp_path, table_dir, *split, answer=LONG) == []
+    assert prove(tmp_path, table_dir, "evaluate.data=asked.jsonl") == [1]
 
 
 def test_what_needs_more_positions_is_refused_before_there_is_a_run(tmp_path: Path, table_dir: Path) -> None:
