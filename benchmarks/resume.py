@@ -34,6 +34,8 @@ from sft_dist.rundir import RunDir
 from sft_dist.train.checkpoint import list_checkpoints
 from sft_dist.train.manifest import MANIFEST, size_of
 
+SFT_DIST = (sys.executable, "-m", "sft_dist")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,9 +103,6 @@ def stopped_and_resumed(plan: str, overrides: list[str], options: argparse.Names
         for one in (run, whole):
             shutil.rmtree(one.path, ignore_errors=True)
     return found
-
-
-SFT_DIST = (sys.executable, "-m", "sft_dist")
 
 
 def command(words: list[str], run: RunDir, gpus: int, *, stop_at: int = 0) -> dict[str, Any]:

@@ -94,9 +94,10 @@ def ask(assistant: Assistant, questions: Prompt | Iterable[Prompt], **generation
             "a single message was asked", hint="a conversation is a list of messages: ask(model, [message])"
         )
     several: list[Any] = [questions] if isinstance(questions, str) else list(questions)
-    alone = isinstance(questions, str) or (bool(several) and isinstance(several[0], Mapping))
-    if alone and not isinstance(questions, str):
+    conversation = bool(several) and isinstance(several[0], Mapping)
+    if conversation:
         several = [several]
+    alone = conversation or isinstance(questions, str)
     given = assistant.config.evaluate.generation
     if unknown := generation.keys() - set(GenerationConfig.model_fields):
         raise ConfigError(

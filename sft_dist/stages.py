@@ -123,10 +123,9 @@ def run_here(run: RunDir, place: Place | None = None) -> None:
             if place is not None:
                 log_outlook(run)
             if "before" in parts:
+                # The training asks as well, but by then the model has been asked for minutes.
                 if "train" in parts and config.checkpoint.save_strategy != "no":
-                    look_for_room(
-                        run, resolved, Ranks()
-                    )  # the training asks as well, when the model was asked for minutes
+                    look_for_room(run, resolved, Ranks())
                 _evaluate(config, run, resolved, "before")
             if "train" in parts:
                 _train(run, current, resolved, place)

@@ -33,5 +33,5 @@ def refuse_beyond(limit: int | None, tokens: int, new_tokens: int, what: str) ->
     answer = f" and max_new_tokens is {new_tokens}" if new_tokens else " with its answer"
     raise ConfigError(
         f"{what}: a prompt has {tokens} tokens{answer}, but the model has a table of {limit} positions and takes no more",
-        hint="ask less at once" + (", or set evaluate.generation.max_new_tokens lower" if new_tokens else ""),
+        hint="ask less at once" + (", or set max_new_tokens lower" if new_tokens else ""),
     )

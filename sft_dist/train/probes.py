@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Rows that trained and published model are compared on, tokens of each at most, positions of each, words of the vocabulary.
 ROWS, LONGEST, POSITIONS, COLUMNS = 4, 256, 8, 64
-# Values of a parameter that are summed at a time, in 8 bytes each: they stay in a cache of a CPU (6 ns a value, 29 with 2^21), and
-# are worth a GPU's kernels.
+# Values of a parameter that are summed at a time, in 8 bytes each: they stay in a cache of a CPU, and are worth a GPU's kernels
+# (benchmarks/sums.py).
 AT_ONCE, AT_ONCE_GPU = 1 << 18, 1 << 23
 
 
