@@ -209,9 +209,9 @@ def _show(lines: Iterator[tuple[str, str]]) -> None:
 
 
 def _state(run: RunDir) -> Any:
-    """What the run says of itself: unlike the queue, it can be asked twice a second."""
+    """What the run says of itself, and whether a process holds it: unlike the queue, they can be asked twice a second."""
     try:
-        return run.read_status().get("state")
+        return run.read_status().get("state"), run.held()
     except OSError:  # a file server that restarts
         return None
 
@@ -221,4 +221,5 @@ def _ended(run: RunDir) -> bool:
     from sft_dist.jobs.status import look
 
     found = look([run])[0][0]
-    return found.state in ("stopped", "failed", "done", "lost") and not found.verdict.live and not found.unanswered
+    over = found.state in ("stopped", "failed", "done", "lost") and not found.verdict.live and not found.unanswered
+    return over and not found.record.held  # by a process that is done, and has its last words still to say

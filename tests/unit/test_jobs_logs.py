@@ -200,6 +200,7 @@ def test_following_ends_with_the_run(run: RunDir) -> None:
         write(run, "logs/rank1.log", "another file\n")
         assert follow.stdout.readline() == "r1| another file\n"
         run.write_status(state="done")
+        time.sleep(0.8)  # its process has its last words still to say
         write(run, "logs/rank1.log", "no newline")
     assert follow.communicate(timeout=20)[0] == "r1| no newline\n"
     assert follow.returncode == 0
